@@ -1,0 +1,243 @@
+"""`ATPConfig`: every setting of a run, checked where it enters, and its YAML round trip.
+
+`ATPConfig()` holds the best measured defaults; `ATPConfig.paper()` the settings of ATP (arXiv 2412.14426).
+Settings of the LoRA run itself (learning rate, batch size, ...) belong to `TrainingArguments` and `LoraConfig`.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atp.errors import ConfigError
+
+SPACES = ("width", "disp")
+MODES = ("joint", "alternating")
+CRITERIA = ("activation", "magnitude", "taylor", "random")
+RANKINGS = ("block", "global")
+
+
+@dataclass(frozen=True)
+class ATPConfig:
+    """Settings of one tune-and-prune run.
+
+    What to prune:
+        sparsity: share of prunable parameters to remove, in (0, 1). Prunable are the weights of the decoder's
+            linear layers; embeddings, head and norms are not counted.
+        space: `"width"` (KV groups and MLP channels) or `"disp"` (per-block residual dimensions and MLP channels).
+        uniform: give every block the same widths (each still chooses which dimensions): the result of `width` is
+            then a plain Hugging Face folder.
+        round_to: kept widths are multiples of this; `None` chooses by the model's width, see `Space`.
+
+    How decisions are learned:
+        mode: `"joint"` takes mask gradients from the LoRA step itself; `"alternating"` spends a pass of its own over
+            calibration data every `generator_every` steps (the paper's way).
+        init: the criterion whose on-budget decision the generator starts from, or `"ones"` for nothing pruned.
+        init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model.
+        protect: how many first and last blocks the starting decision leaves whole; `None` means the first tenth
+            and the last thirtieth of the blocks. The generator may prune them later.
+        freeze_at: share of the training steps after which the decision is final, in [0, 1]. 0 freezes the starting
+            decision before the first step: prune, then tune.
+        on_budget: project every hard decision onto the budget, not only the frozen one.
+        budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)) (DESIGN equation 2).
+        budget_ramp: share of the steps before the freeze over which the budget grows from nothing to `sparsity`
+            when starting from `"ones"`.
+
+    The generator:
+        generator_lr, generator_hidden_size, generator_layers, generator_heads: its optimizer and Transformer encoder.
+        temperature, temperature_end: tau of the sigmoid, linearly from the first to the second up to the freeze.
+        logit_bias: b; added to every logit when starting from `"ones"`.
+        noise: scale of the Gumbel noise at the first step; it falls linearly to `noise_end` at the freeze.
+        init_scale: standard deviation of the starting logits when starting from a criterion.
+
+    The LoRA side:
+        lasso: strength of the group lasso on LoRA weights of pruned groups when it is fully grown; 0 turns it off.
+
+    Calibration:
+        calibration_rows: rows held out of the training set when no calibration set is given.
+        calibration_batch_size: rows per calibration forward.
+
+    Other:
+        export: write `pruned/` when training ends.
+        seed: of the private random streams; the global ones are never touched.
+    """
+
+    sparsity: float = 0.4
+    space: str = "width"
+    uniform: bool = False
+    round_to: int | None = None
+
+    mode: str = "joint"
+    generator_every: int = 1
+    init: str = "activation"
+    init_ranking: str = "block"
+    protect: tuple[int, int] | None = None
+    freeze_at: float = 0.6
+    on_budget: bool = True
+    budget_weight: float = 5.0
+    budget_ramp: float = 0.5
+
+    generator_lr: float = 1e-3
+    generator_hidden_size: int = 64
+    generator_layers: int = 2
+    generator_heads: int = 4
+    temperature: float = 0.4
+    temperature_end: float = 0.4
+    logit_bias: float = 3.0
+    noise: float = 1.0
+    noise_end: float = 0.0
+    init_scale: float = 1.0
+
+    lasso: float = 0.1
+
+    calibration_rows: int = 32
+    calibration_batch_size: int = 4
+
+    export: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.protect, list):
+            object.__setattr__(self, "protect", tuple(self.protect))
+        for check in (
+            ("sparsity", _number(self.sparsity) and 0 < self.sparsity < 1, "a number in (0, 1)"),
+            ("space", self.space in SPACES, f"one of {', '.join(SPACES)}"),
+            ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
+            ("init", self.init in (*CRITERIA, "ones"), f"one of {', '.join(CRITERIA)}, ones"),
+            ("init_ranking", self.init_ranking in RANKINGS, f"one of {', '.join(RANKINGS)}"),
+            ("round_to", self.round_to is None or _positive_int(self.round_to), "a positive integer or null"),
+            ("protect", _is_protect(self.protect), "two non-negative integers or null"),
+            ("freeze_at", _number(self.freeze_at) and 0 <= self.freeze_at <= 1, "a number in [0, 1]"),
+            ("budget_ramp", _number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
+            ("temperature", _positive(self.temperature), "a positive number"),
+            ("temperature_end", _positive(self.temperature_end), "a positive number"),
+            ("generator_lr", _positive(self.generator_lr), "a positive number"),
+            ("init_scale", _positive(self.init_scale), "a positive number"),
+            ("logit_bias", _number(self.logit_bias), "a number"),
+            *(
+                (name, _number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
+                for name in ("budget_weight", "lasso", "noise", "noise_end")
+            ),
+            *(
+                (name, _positive_int(getattr(self, name)), "a positive integer")
+                for name in (
+                    "generator_every",
+                    "generator_hidden_size",
+                    "generator_layers",
+                    "generator_heads",
+                    "calibration_rows",
+                    "calibration_batch_size",
+                )
+            ),
+            ("seed", isinstance(self.seed, int) and self.seed >= 0, "an integer >= 0"),
+            *(
+                (name, isinstance(getattr(self, name), bool), "true or false")
+                for name in ("uniform", "on_budget", "export")
+            ),
+        ):
+            _require(self, *check)
+        if self.generator_hidden_size % self.generator_heads:
+            raise ConfigError(
+                f"generator_hidden_size={self.generator_hidden_size} is not a multiple of "
+                f"generator_heads={self.generator_heads}: change one of them"
+            )
+        if self.uniform and self.space != "width":
+            raise ConfigError(f"uniform=True needs space='width', not {self.space!r}: set uniform to false")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "ATPConfig":
+        """The settings of ATP (arXiv 2412.14426): alternating, from all ones, b = 3, tau = 0.4, lambda = 5."""
+        settings: dict[str, Any] = {
+            "mode": "alternating",
+            "init": "ones",
+            "on_budget": False,
+            "budget_weight": 5.0,
+            "budget_ramp": 0.0,
+            "logit_bias": 3.0,
+            "temperature": 0.4,
+            "temperature_end": 0.4,
+            "noise": 1.0,
+            "noise_end": 1.0,
+            "freeze_at": 0.6,
+        }
+        return cls(**(settings | changes))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ATPConfig":
+        """Build from plain values; an unknown key is an error that names the nearest known one.
+
+        The key `preset: paper` starts from `ATPConfig.paper()`.
+        """
+        values = dict(values)
+        preset = values.pop("preset", None)
+        if preset not in (None, "paper"):
+            raise ConfigError(f"preset={preset!r} is unknown: leave it out or use 'paper'")
+        check_keys(values, {field.name for field in dataclasses.fields(cls)}, "ATPConfig")
+        return cls.paper(**values) if preset else cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "ATPConfig":
+        """Read a YAML mapping written by `to_yaml` or by hand."""
+        return cls.from_dict(read_yaml(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON or YAML."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the settings as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or a `ConfigError` of one line."""
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of settings, found {type(values).__name__}")
+    return values
+
+
+def check_keys(values: dict[str, Any], known: set[str], where: str) -> None:
+    """Raise `ConfigError` on the first key of `values` that is not in `known`, naming the nearest."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown setting {key!r}: {hint}")
+
+
+def _require(config: ATPConfig, name: str, ok: bool, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name}={getattr(config, name)!r} is not allowed: it must be {allowed}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _positive(value: object) -> bool:
+    return _number(value) and value > 0  # type: ignore[operator]
+
+
+def _positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_protect(value: object) -> bool:
+    return value is None or (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
+    )

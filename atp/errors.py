@@ -1,0 +1,32 @@
+"""Every error that a user can cause. Each says in one line what is wrong, where, and what to do.
+
+The command line turns any of these into exit status 2 and that one line.
+"""
+
+
+class ATPError(ValueError):
+    """Base of all errors this package raises on purpose."""
+
+
+class ConfigError(ATPError):
+    """A setting is unknown, of the wrong type, or outside its range."""
+
+
+class UnsupportedModelError(ATPError):
+    """The model has a structure that cannot be pruned; the message names the module and why."""
+
+
+class BudgetError(ATPError):
+    """The asked sparsity cannot be reached in this space."""
+
+
+class CalibrationError(ATPError):
+    """Calibration data are missing, too few, unusable, or shared with the evaluation set."""
+
+
+class CheckpointError(ATPError):
+    """Saved state is missing, truncated, or belongs to another configuration."""
+
+
+class DivergedError(ATPError):
+    """The loss or a gradient is no longer finite."""

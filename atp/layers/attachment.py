@@ -1,0 +1,94 @@
+"""Attaching a space to a live model, and taking it off again without a trace."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from atp.errors import ATPError, UnsupportedModelError
+from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, unmask_linear
+from atp.structure.live import causal_lm
+from atp.structure.space import Axis, PrunableLinear, Space
+
+_SLOT = "_atp_attachment"
+
+
+class Attachment:
+    """A model under masks.
+
+    Attributes:
+        space: the table that the masks belong to.
+        masks: one leaf tensor per group set, `(size,)`, float32, all ones at first. The layers read these very
+            tensors: write into them with `set_masks`.
+    """
+
+    def __init__(self, model: nn.Module, space: Space) -> None:
+        self.space = space
+        self._modules = {linear.path: causal_lm(model).get_submodule(linear.path) for linear in space.linears}
+        device = device_of(next(iter(self._modules.values())))
+        self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
+        for linear in space.linears:
+            masks = LinearMasks(self._axis(linear.cols, linear.mask_cols), self._axis(linear.rows, linear.mask_rows))
+            if masks.inputs is not None or masks.outputs is not None:
+                mask_linear(self._modules[linear.path], masks)
+
+    def module(self, linear: PrunableLinear) -> nn.Module:
+        """The live layer (a LoRA layer where PEFT put one)."""
+        return self._modules[linear.path]
+
+    def set_masks(self, values: Mapping[str, Tensor]) -> None:
+        """Write `values` into the masks in place, forgetting their gradients."""
+        with torch.no_grad():
+            for name, leaf in self.masks.items():
+                leaf.copy_(values[name])
+                leaf.grad = None
+
+    def require_gradients(self, wanted: bool) -> None:
+        """Whether backward gathers the loss's gradient with respect to the masks."""
+        for leaf in self.masks.values():
+            leaf.requires_grad_(wanted)
+            leaf.grad = None
+
+    def decision(self) -> dict[str, Tensor]:
+        """A copy of the masks as they stand, on the CPU."""
+        return {name: leaf.detach().cpu().clone() for name, leaf in self.masks.items()}
+
+    def remove(self) -> None:
+        """Give every layer its own class back."""
+        for module in self._modules.values():
+            if is_masked(module):
+                unmask_linear(module)
+
+    def _axis(self, axis: Axis | None, wanted: bool) -> AxisMask | None:
+        return AxisMask.of(axis, self.masks[axis.set]) if wanted and axis is not None else None
+
+
+def attach(model: nn.Module, space: Space) -> Attachment:
+    """Put `space`'s masks, all ones, on the linear layers of `model` (bare, LoRA or quantised).
+
+    Outputs stay bitwise what they were until a mask changes. Attach after `get_peft_model`.
+
+    Raises:
+        UnsupportedModelError: where the model is attached already.
+    """
+    lm = causal_lm(model)
+    if attachment_of(lm) is not None:
+        raise UnsupportedModelError(f"{type(lm).__name__} is already attached: call atp.layers.detach(model) first")
+    attachment = Attachment(model, space)
+    object.__setattr__(lm, _SLOT, attachment)
+    return attachment
+
+
+def detach(model: nn.Module) -> None:
+    """Take the masks off; outputs, modules and state-dict keys are again those of the untouched model."""
+    lm = causal_lm(model)
+    attachment = attachment_of(lm)
+    if attachment is None:
+        raise ATPError(f"{type(lm).__name__} is not attached: there is nothing to detach")
+    attachment.remove()
+    object.__delattr__(lm, _SLOT)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of `model`, if it has one."""
+    return causal_lm(model).__dict__.get(_SLOT)

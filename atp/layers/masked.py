@@ -1,0 +1,76 @@
+"""Masked linear layers: y = layer(x * s_in) * s_out, for any layer class, by swapping a live module's class.
+
+A PEFT LoRA layer is masked as a whole, so the masks act on the base path and the LoRA path alike (DESIGN equation 3).
+The swap adds no parameter, buffer or submodule: state-dict keys, adapters and `isinstance` stay as they were, and
+`torch.compile` sees an ordinary `forward`.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from atp.structure.space import Axis
+
+_SLOT = "_atp_masks"
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMask:
+    """One axis's mask: `leaf` has shape `(groups,)`; `owner` expands it to features, or is None where it need not."""
+
+    leaf: Tensor
+    owner: Tensor | None
+
+    @classmethod
+    def of(cls, axis: Axis, leaf: Tensor) -> "AxisMask":
+        """The mask of `axis`, living on the leaf's device."""
+        return cls(leaf, None if axis.is_identity else axis.owner.to(leaf.device))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """`x * mask` along the last dimension, in the dtype of `x`; the mask's gradient is summed in float32."""
+        mask = self.leaf if self.owner is None else self.leaf[self.owner]
+        return x * mask.to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMasks:
+    """The masks of one linear layer; either side may be absent."""
+
+    inputs: AxisMask | None
+    outputs: AxisMask | None
+
+
+def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
+    """Make `module` multiply its inputs and outputs by `masks` from now on."""
+    object.__setattr__(module, _SLOT, masks)
+    module.__class__ = _masked_class(type(module))
+
+
+def unmask_linear(module: nn.Module) -> None:
+    """Undo `mask_linear`."""
+    module.__class__ = type(module).__mro__[1]
+    object.__delattr__(module, _SLOT)
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether `mask_linear` is in force on this very module."""
+    return _SLOT in module.__dict__
+
+
+@cache
+def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        masks: LinearMasks = self.__dict__[_SLOT]
+        if masks.inputs is not None:
+            x = masks.inputs.apply(x)
+        y = cls.forward(self, x, *args, **kwargs)
+        return y if masks.outputs is None else masks.outputs.apply(y)
+
+    return type(f"Masked{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer computes."""
+    return next(module.parameters()).device

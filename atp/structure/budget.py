@@ -1,0 +1,146 @@
+"""The budget: scores in, the best 0/1 decision that meets an asked sparsity exactly out.
+
+Groups are kept in the order of their scores until the parameters are spent; what is left over is filled with the best
+groups that still fit. The kept parameters never exceed the target. Kept counts respect every set's allowed counts
+(rounding), and with `uniform` every block takes the same count per kind while choosing its own groups.
+"""
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atp.errors import BudgetError
+from atp.structure.space import Space
+
+TOLERANCE = 0.002
+"""|achieved - asked| that counts as met: 0.2 % of the prunable parameters."""
+
+
+@dataclass(frozen=True)
+class _Column:
+    """Sets that take the same kept count: one set, or one kind over all blocks when uniform."""
+
+    sets: tuple[int, ...]
+    counts: tuple[int, ...]
+    values: Tensor  # (len(counts) - 1,), descending: the mean score of the groups that each further count adds
+
+
+def project(scores: Mapping[str, Tensor], space: Space, sparsity: float) -> dict[str, Tensor]:
+    """The decision on budget that keeps the highest scores.
+
+    Args:
+        scores: per group set, `(size,)`; higher is kept first, comparable across sets.
+        sparsity: share of prunable parameters to remove.
+
+    Returns:
+        Masks of 0.0 and 1.0 per set, `(size,)`, float32 on the scores' device.
+
+    Raises:
+        BudgetError: where even the smallest allowed widths keep more than asked.
+    """
+    target = target_parameters(space, sparsity)
+    ordered = [torch.sort(scores[s.name].detach(), descending=True, stable=True) for s in space.sets]
+    columns = _columns(space, [o.values.double().cpu() for o in ordered])
+    counts = _choose(space, columns, target)
+    masks = {}
+    for group_set, order, count in zip(space.sets, ordered, counts.tolist(), strict=True):
+        mask = torch.zeros(group_set.size, device=order.indices.device)
+        mask[order.indices[: int(count)]] = 1.0
+        masks[group_set.name] = mask
+    return masks
+
+
+def target_parameters(space: Space, sparsity: float) -> float:
+    """Prunable parameters that may be kept.
+
+    Raises:
+        BudgetError: where the space cannot go as low.
+    """
+    target = (1.0 - sparsity) * space.prunable_parameters
+    least = space.kept_parameters(torch.tensor([float(s.counts[0]) for s in space.sets])).item()
+    if least > target:
+        reach = 1.0 - least / space.prunable_parameters
+        raise BudgetError(
+            f"sparsity={sparsity} cannot be reached in space {space.name!r}"
+            f"{' with uniform widths' if space.uniform else ''}: the smallest allowed widths remove {reach:.4f}; "
+            "ask for less, lower round_to, or use another space"
+        )
+    return target
+
+
+def budget_note(space: Space, masks: Mapping[str, Tensor], sparsity: float) -> str | None:
+    """One line to say when rounding or uniform widths made the asked sparsity unreachable, else None."""
+    achieved = space.sparsity(masks)
+    if abs(achieved - sparsity) <= TOLERANCE:
+        return None
+    return (
+        f"sparsity {sparsity:.4f} is not reachable exactly with these widths"
+        f"{' (uniform)' if space.uniform else ''}: taking {achieved:.4f}, the closest that is not larger a model"
+    )
+
+
+def _columns(space: Space, ordered: list[Tensor]) -> list[_Column]:
+    ties: dict[object, list[int]] = {}
+    for index, group_set in enumerate(space.sets):
+        key = (group_set.kind, group_set.size) if space.uniform else index
+        ties.setdefault(key, []).append(index)
+    columns = []
+    for members in ties.values():
+        counts = space.sets[members[0]].counts
+        mean = torch.stack([ordered[i] for i in members]).mean(dim=0)
+        edges = torch.tensor(counts)
+        sums = torch.cat([torch.zeros(1, dtype=torch.float64), mean.cumsum(0)])[edges]
+        columns.append(_Column(tuple(members), counts, sums.diff() / edges.diff()))
+    return columns
+
+
+def _choose(space: Space, columns: list[_Column], target: float) -> Tensor:
+    """Kept count of every set, `(sets,)`: the longest affordable prefix of steps by value, then what still fits."""
+    values = torch.cat([c.values for c in columns])
+    owner = torch.cat([torch.full((len(c.values),), i) for i, c in enumerate(columns)])
+    owner = owner[torch.sort(values, descending=True, stable=True).indices]
+
+    def steps_after(prefix: int) -> list[int]:
+        return torch.bincount(owner[:prefix], minlength=len(columns)).tolist()
+
+    low, high = 0, len(owner)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _spent(space, columns, steps_after(middle)) <= target:
+            low = middle
+        else:
+            high = middle - 1
+    steps = _fill(space, columns, steps_after(low), target)
+    return _kept(space, columns, steps)
+
+
+def _fill(space: Space, columns: list[_Column], steps: list[int], target: float) -> list[int]:
+    """Spend what is left: best next step first; a column whose next step does not fit is closed."""
+    queue = [
+        (-column.values[step].item(), i)
+        for i, (column, step) in enumerate(zip(columns, steps, strict=True))
+        if step < len(column.values)
+    ]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        steps[i] += 1
+        if _spent(space, columns, steps) > target:
+            steps[i] -= 1
+        elif steps[i] < len(columns[i].values):
+            heapq.heappush(queue, (-columns[i].values[steps[i]].item(), i))
+    return steps
+
+
+def _kept(space: Space, columns: list[_Column], steps: list[int]) -> Tensor:
+    kept = torch.zeros(len(space.sets), dtype=torch.float64)
+    for column, step in zip(columns, steps, strict=True):
+        kept[list(column.sets)] = float(column.counts[step])
+    return kept
+
+
+def _spent(space: Space, columns: list[_Column], steps: list[int]) -> float:
+    return space.kept_parameters(_kept(space, columns, steps)).item()

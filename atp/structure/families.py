@@ -1,0 +1,57 @@
+"""The one table of names: what a decoder's linear layers are called, and plans for families that ship none.
+
+`config.base_model_tp_plan` tells readers from writers; it does not tell queries from keys, or how packed projections
+lay out their rows. That is read here from the layer's own name. A name that is not in this table is an error, never
+a guess.
+"""
+
+from typing import NamedTuple
+
+
+class Role(NamedTuple):
+    """What one linear layer does: `part` is attention or mlp, `packs` lists what its output rows hold in order."""
+
+    part: str
+    packs: tuple[str, ...]
+    interleaved: bool = False
+
+
+READERS = {
+    "q_proj": Role("attention", ("q",)),
+    "k_proj": Role("attention", ("k",)),
+    "v_proj": Role("attention", ("v",)),
+    "qkv_proj": Role("attention", ("q", "k", "v")),
+    "query_key_value": Role("attention", ("q", "k", "v"), interleaved=True),
+    "gate_proj": Role("mlp", ("gate",)),
+    "up_proj": Role("mlp", ("up",)),
+    "gate_up_proj": Role("mlp", ("gate", "up")),
+    "c_fc": Role("mlp", ("up",)),
+    "fc1": Role("mlp", ("up",)),
+    "dense_h_to_4h": Role("mlp", ("up",)),
+}
+
+WRITERS = {
+    "self_attn.o_proj": "attention",
+    "self_attn.dense": "attention",
+    "attention.dense": "attention",
+    "mlp.down_proj": "mlp",
+    "mlp.c_proj": "mlp",
+    "mlp.fc2": "mlp",
+    "mlp.dense_4h_to_h": "mlp",
+}
+
+READER_STYLES = {"colwise", "colwise_gather_output"}
+WRITER_STYLES = {"rowwise", "rowwise_split_input"}
+IGNORED_STYLES = {"replicated_with_grad_allreduce"}
+
+_LLAMA_LIKE = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+
+PLANS = {"stablelm": _LLAMA_LIKE}
