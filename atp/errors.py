@@ -12,6 +12,10 @@ class ConfigError(ATPError):
     """A setting is unknown, of the wrong type, or outside its range."""
 
 
+class ModelError(ATPError):
+    """A model or tokenizer cannot be loaded."""
+
+
 class UnsupportedModelError(ATPError):
     """The model has a structure that cannot be pruned; the message names the module and why."""
 
@@ -22,6 +26,10 @@ class BudgetError(ATPError):
 
 class CalibrationError(ATPError):
     """Calibration data are missing, too few, unusable, or shared with the evaluation set."""
+
+
+class DataError(ATPError):
+    """A data file or data set is missing, malformed, empty, or shares rows with another."""
 
 
 class CheckpointError(ATPError):

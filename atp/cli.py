@@ -1,0 +1,54 @@
+"""The shell: `atp train | export | eval | inspect`.
+
+Exit status 0 on success; 2 on bad input, with one line on standard error that says what is wrong and what to do.
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from atp.commands import evaluate, export, inspect, train
+from atp.errors import ATPError, ConfigError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line, through `ConfigError`, what argparse says in several."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their arguments."""
+    parser = _Parser(prog="atp", description="All-in-one LoRA tuning and structural pruning of causal language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in (train, export, evaluate, inspect):
+        command.add(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    try:
+        arguments, overrides = build_parser().parse_known_args(argv)
+        if overrides and not getattr(arguments, "takes_overrides", False):
+            raise ConfigError(f"unrecognized arguments: {' '.join(overrides)} (see atp --help)")
+        if arguments.json and not Path(arguments.json).parent.is_dir():
+            raise ConfigError(f"--json {arguments.json}: its folder does not exist: make it first")
+        arguments.overrides = overrides
+        arguments.run(arguments)
+    except ATPError as error:
+        return _refuse(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _refuse(f"{error.filename or 'output'}: the disk is full: free some space, then run again with --resume")
+    return 0
+
+
+def _refuse(reason: object) -> int:
+    print(f"atp: {' '.join(str(reason).split())}", file=sys.stderr)
+    return 2

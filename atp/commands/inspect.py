@@ -1,0 +1,108 @@
+"""`atp inspect MODEL`: blocks, groups, parameters per group, and the widths that an equally shared sparsity leaves."""
+
+import argparse
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp.commands.models import load_shell
+from atp.commands.output import print_table, write_json
+from atp.config import SPACES, ATPConfig
+from atp.evaluation import count_parameters
+from atp.structure.budget import budget_note, project
+from atp.structure.discovery import discover
+from atp.structure.space import GroupSet, Space, build_space
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("inspect", help="what can be pruned in a model, and what a sparsity would leave")
+    parser.add_argument("model", metavar="MODEL", help="hub name, folder, or .gguf file; no weights are loaded")
+    parser.add_argument("--gguf-file", help="GGUF file inside MODEL")
+    parser.add_argument("--sparsity", type=float, default=0.4, help="share of prunable parameters (default 0.4)")
+    parser.add_argument("--space", choices=SPACES, default="width")
+    parser.add_argument("--uniform", action="store_true", help="the same widths in every block")
+    parser.add_argument("--round-to", type=int, help="kept widths are multiples of this")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print two tables: the model, and its groups."""
+    config = ATPConfig(
+        sparsity=arguments.sparsity,
+        space=arguments.space,
+        uniform=arguments.uniform,
+        round_to=arguments.round_to,
+    )
+    model = load_shell(arguments.model, arguments.gguf_file)
+    structure = discover(model)
+    space = build_space(structure, config.space, config.uniform, config.round_to)
+    masks = project(equal_scores(space), space, config.sparsity)
+    total, achieved = count_parameters(model), space.sparsity(masks)
+    removed = round(achieved * space.prunable_parameters)
+    results = {
+        "model": arguments.model,
+        "model_type": structure.model_type,
+        "hidden_size": structure.hidden_size,
+        "blocks": len(structure.blocks),
+        "parameters": total,
+        "prunable_parameters": space.prunable_parameters,
+        "space": space.name,
+        "sparsity_asked": config.sparsity,
+        "sparsity_achieved": achieved,
+        "parameters_removed": removed,
+        "parameters_left": total - removed,
+        "share_of_all_removed": removed / total,
+        "note": budget_note(space, masks, config.sparsity),
+    }
+    groups = _groups(space, masks)
+    print_table(arguments.model, ("", "value"), [(k.replace("_", " "), v) for k, v in results.items() if v is not None])
+    print_table(
+        f"space {space.name}, kept widths when the sparsity is shared equally",
+        ("blocks", "group kind", "groups", "parameters each", "kept"),
+        [(g.blocks, g.kind, g.size, g.parameters, g.kept) for g in groups],
+    )
+    if arguments.json:
+        write_json(arguments.json, results | {"groups": [vars(g) for g in groups]})
+
+
+def equal_scores(space: Space) -> dict[str, Tensor]:
+    """Scores that make every group set keep the same share: a group's score is its quantile in its set."""
+    return {s.name: 1.0 - (torch.arange(s.size) + 0.5) / s.size for s in space.sets}
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """A run of blocks whose sets of one kind are alike. `parameters`: removed with one group of the full model."""
+
+    blocks: str
+    kind: str
+    size: int
+    parameters: int
+    kept: int
+
+
+def _groups(space: Space, masks: dict[str, Tensor]) -> list[_Groups]:
+    full = torch.tensor([float(s.size) for s in space.sets])
+    everything = space.kept_parameters(full).item()
+
+    def parameters(index: int) -> int:
+        without = full.clone()
+        without[index] -= 1
+        return round(everything - space.kept_parameters(without).item())
+
+    rows: list[tuple[GroupSet, int, int]] = [
+        (s, parameters(i), int(masks[s.name].sum())) for i, s in enumerate(space.sets)
+    ]
+    found = []
+    for kind in space.kinds:
+        members = [row for row in rows if row[0].kind == kind]
+        for (size, each, kept), alike in groupby(members, key=lambda row: (row[0].size, row[1], row[2])):
+            blocks = [row[0].block for row in alike]
+            name = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+            found.append(_Groups(name, kind, size, each, kept))
+    return found

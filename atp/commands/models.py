@@ -1,0 +1,91 @@
+"""Loading what a user names: a hub name, a folder, or a GGUF file, with one-line errors where that fails."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from atp.errors import ATPError, ModelError, UnsupportedModelError
+
+
+def load_model(name: str, gguf_file: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """The causal LM called `name`, on the CPU, in `dtype` (a GGUF is dequantised, `auto` meaning float32).
+
+    Raises:
+        ModelError: where nothing loadable is there.
+    """
+    name, gguf_file = _split_gguf(name, gguf_file)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if gguf_file:
+        arguments = {
+            "gguf_file": gguf_file,
+            "quantization_config": GgufConfig(dequantize=True),
+            "dtype": "float32" if dtype == "auto" else dtype,
+        }
+    return _load(AutoModelForCausalLM, name, "model", arguments)
+
+
+def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name`; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        ModelError: where nothing loadable is there.
+    """
+    name, gguf_file = _split_gguf(name, gguf_file)
+    tokenizer = _load(AutoTokenizer, name, "tokenizer", {"gguf_file": gguf_file} if gguf_file else {})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_shell(name: str, gguf_file: str | None = None) -> PreTrainedModel:
+    """The model's modules without weights (meta device): enough to discover, and nothing large is downloaded."""
+    name, gguf_file = _split_gguf(name, gguf_file)
+    config: PretrainedConfig = _load(AutoConfig, name, "model config", {"gguf_file": gguf_file} if gguf_file else {})
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{name}: {_first_line(error)}") from None
+
+
+def to_best_device(model: PreTrainedModel) -> PreTrainedModel:
+    """Move the model to the accelerator if there is one."""
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _split_gguf(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+    if gguf_file is None and name.endswith(".gguf"):
+        return str(Path(name).parent), Path(name).name
+    return name, gguf_file
+
+
+def _load(loader: Any, name: str, what: str, arguments: dict[str, Any]) -> Any:
+    path = Path(name)
+    gguf_file = arguments.get("gguf_file")
+    if path.is_file():
+        raise ModelError(f"{name} is a file: give its folder, or a file ending in .gguf")
+    if gguf_file and (path.is_dir() or name.startswith((".", "/"))) and not (path / gguf_file).is_file():
+        raise ModelError(f"{path / gguf_file}: no such GGUF file: check the path")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"{name}: no such folder: check the path")
+    try:
+        return loader.from_pretrained(name, **arguments)
+    except ATPError:
+        raise
+    except Exception as error:  # loaders raise OSError, ValueError, KeyError, safetensors and hub errors alike
+        raise ModelError(f"{name}: the {what} cannot be loaded: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

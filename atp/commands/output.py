@@ -1,0 +1,67 @@
+"""What commands print and write: tables on standard output, results as JSON, every file written beside and renamed."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from atp.errors import ATPError
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or none: beside it first, then rename.
+
+    Raises:
+        ATPError: where the folder is missing or the disk refuses.
+    """
+    target = Path(path)
+    try:
+        descriptor, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise ATPError(f"{target}: cannot be written: {error.strerror}: check that its folder exists") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, target)
+    except OSError as error:
+        Path(beside).unlink(missing_ok=True)
+        raise ATPError(f"{target}: cannot be written: {error.strerror}: free space or choose another path") from None
+
+
+def write_json(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Write results as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(results, indent=2) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table on standard output, the first column to the left and the others to the right."""
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(show(cell) for cell in row))
+    console = Console()
+    console.print(title, soft_wrap=True, markup=False, highlight=False)
+    console.print(table)
+
+
+def show(value: object) -> str:
+    """A number as people read it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested results as rows of dotted name and value."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        rows += flatten(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return rows

@@ -1,0 +1,171 @@
+"""`atp train CONFIG.yaml`: one recipe -> a tuned and pruned model; also under `accelerate launch -m atp train ...`.
+
+Everything a user can get wrong is checked before the first weight is loaded. Only the first process writes and prints.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import get_peft_model
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from atp.callback import ATPCallback
+from atp.commands.models import load_model, load_tokenizer, to_best_device
+from atp.commands.output import flatten, print_table, write_json, write_text
+from atp.data import Row, check_disjoint, collator, make_windows, read_rows
+from atp.errors import CheckpointError, ConfigError
+from atp.evaluation import count_parameters, folder_bytes, perplexity
+from atp.recipe import DataSettings, Recipe
+
+_RUN_FILES = ("checkpoint-*", "final", "pruned", "metrics.json", "recipe.yaml", "report.html")
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "train",
+        help="tune and prune by a recipe",
+        epilog="Any setting of the recipe can be given as --section.key value, e.g. --atp.sparsity 0.5.",
+    )
+    parser.add_argument("config", metavar="CONFIG.yaml", help="recipe; see configs/README.md")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    again.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.set_defaults(run=run, takes_overrides=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, export, measure the exported folder, and write `metrics.json`."""
+    recipe = Recipe.from_yaml(arguments.config, arguments.overrides)
+    checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite)
+    lora = recipe.lora_config()
+    training = recipe.training_arguments()
+    first = training.process_index == 0
+    tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
+    with _first_process_first(training):
+        data = _windows(recipe.data, tokenizer, progress=first)
+    model = get_peft_model(load_model(recipe.model.name_or_path, recipe.model.gguf_file, recipe.model.dtype), lora)
+    if first:
+        _prepare(Path(recipe.output_dir), recipe, arguments.overwrite)
+    callback = ATPCallback(recipe.atp, calibration_dataset=data.calibration)
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        data_collator=collator(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    if first:
+        masked = trainer.accelerator.unwrap_model(trainer.model)
+        results = _results(recipe, outcome.metrics, callback.summary(), masked, data.validation)
+        write_json(Path(recipe.output_dir) / "metrics.json", results)
+        print_table(recipe.output_dir, ("", "value"), flatten(results))
+        if arguments.json:
+            write_json(arguments.json, results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    train: Dataset
+    validation: Dataset | None
+    calibration: Dataset | None
+
+
+def _windows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool) -> _Data:
+    """Read, check that nothing held out is learned from, and tokenise."""
+
+    def rows(sources: str | list[str] | None, split: str) -> list[Row] | None:
+        return read_rows(sources, split, settings.prompt, settings.completion) if sources else None
+
+    train = rows(settings.train, settings.train_split) or []
+    validation = rows(settings.validation, settings.validation_split)
+    calibration = rows(settings.calibration, settings.calibration_split)
+    check_disjoint(train, validation or [], ("training", "validation"))
+    check_disjoint(calibration or [], validation or [], ("calibration", "validation"))
+
+    def windows(found: list[Row] | None) -> Dataset | None:
+        if found is None:
+            return None
+        return make_windows(found, tokenizer, settings.max_length, settings.packing, settings.completion_only, progress)
+
+    return _Data(windows(train), windows(validation), windows(calibration))
+
+
+def _checkpoint(output_dir: Path, resume: bool, overwrite: bool) -> str | None:
+    """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
+    found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if resume:
+        return _intact(Path(found)) if found else None
+    if not overwrite and (found or (output_dir / "metrics.json").exists() or (output_dir / "pruned").exists()):
+        raise ConfigError(
+            f"output_dir {output_dir} already holds a run: give --resume to go on, --overwrite to start again, "
+            "or another --output_dir"
+        )
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir {output_dir} is a file: give a folder")
+    return None
+
+
+def _intact(checkpoint: Path) -> str:
+    """The path, if the Trainer's own files in it can be opened; the callback checks its own."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, framework="pt"):
+                pass
+        broken = [file for file in checkpoint.glob("*.pt") if not zipfile.is_zipfile(file)]
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint} is damaged ({error}): remove it to go on from the one before") from None
+    if broken:
+        raise CheckpointError(f"{broken[0]} is cut short: remove {checkpoint} to go on from the one before")
+    return str(checkpoint)
+
+
+def _prepare(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for pattern in _RUN_FILES if overwrite else ():
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_text(output_dir / "recipe.yaml", recipe.to_yaml())
+
+
+@contextmanager
+def _first_process_first(training: TrainingArguments) -> Iterator[None]:
+    """The first process fills the download cache, the others then read it."""
+    with training.main_process_first(desc="data"):
+        yield
+
+
+def _results(
+    recipe: Recipe,
+    trained: dict[str, float],
+    pruning: dict[str, Any],
+    masked: PreTrainedModel,
+    held_out: Dataset | None,
+) -> dict[str, Any]:
+    """Everything a reader of `metrics.json` wants. The exported folder is measured as a stranger loads it."""
+    pruned = Path(recipe.output_dir) / "pruned"
+    results: dict[str, Any] = {"model": recipe.model.name_or_path, "training": trained, "pruning": pruning}
+    model = masked
+    if pruned.is_dir():
+        model = to_best_device(load_model(str(pruned)))
+        results["pruned"] = {"parameters": count_parameters(model), "bytes": folder_bytes(pruned)}
+    if held_out is not None:
+        results["validation"] = dataclasses.asdict(perplexity(model, held_out))
+    results["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
+    return results

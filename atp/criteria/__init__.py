@@ -1,0 +1,1 @@
+"""What to prune by a formula: magnitude, activation-weighted, Taylor, random; and how scores are ranked."""

@@ -1,0 +1,62 @@
+"""Ranking: raw scores of any scale -> comparable values that `budget.project` can cut at one level.
+
+`block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
+          rival: activation-weighted, uniform per block, first and last blocks left whole).
+`global`  the score per parameter that the group holds, over the whole model.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from atp.structure.space import Space
+
+
+def rank(scores: Mapping[str, Tensor], space: Space, how: str, protect: tuple[int, int] | None) -> dict[str, Tensor]:
+    """Values in (0, 1), `(size,)` per set; the sets of protected blocks lie in (1, 2) and so are pruned last.
+
+    Args:
+        how: `"block"` or `"global"`.
+        protect: numbers of first and last blocks to protect, or None for `default_protect`.
+    """
+    blocks = len(space.structure.blocks)
+    first, last = default_protect(blocks) if protect is None else protect
+    values = dict(scores) if how == "block" else _per_parameter(scores, space)
+    ranked = {name: _percentiles(v) for name, v in values.items()} if how == "block" else _over_all(values)
+    for s in space.sets:
+        if s.block < first or s.block >= blocks - last:
+            ranked[s.name] = 1.0 + ranked[s.name]
+    return ranked
+
+
+def default_protect(blocks: int) -> tuple[int, int]:
+    """First tenth and last thirtieth of the blocks: 3 and 1 of 30 (measured, FACTS)."""
+    return round(blocks / 10), round(blocks / 30)
+
+
+def starting_logits(ranked: Mapping[str, Tensor], decision: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Graded logits in the order of `ranked` whose zero separates as many groups as `decision` prunes.
+
+    Args:
+        scale: standard deviation of the logits of unprotected groups.
+    """
+    flat = torch.cat([ranked[name] for name in decision]).sort().values
+    pruned = sum(int((mask == 0).sum()) for mask in decision.values())
+    edge = flat[max(pruned - 1, 0) : pruned + 1].mean()
+    spread = 12**0.5  # the standard deviation of a uniform variable on (0, 1) is 1 / sqrt(12)
+    return {name: (value - edge) * spread * scale for name, value in ranked.items()}
+
+
+def _percentiles(values: Tensor) -> Tensor:
+    order = torch.argsort(torch.argsort(values, stable=True), stable=True)
+    return (order + 0.5) / len(values)
+
+
+def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    joined = _percentiles(torch.cat(list(values.values())))
+    return dict(zip(values, joined.split([len(v) for v in values.values()]), strict=True))
+
+
+def _per_parameter(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    return {s.name: scores[s.name] / c for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)}

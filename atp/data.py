@@ -1,0 +1,222 @@
+"""Rows -> token windows: JSONL files or hub data sets, tokenised with labels, packed or cut to length.
+
+A row has `prompt` and `completion` (which starts with the space that joins it to the prompt), or `text`, or any columns
+that the `prompt` and `completion` templates name. Packing concatenates rows, each closed by the end-of-text token, and
+cuts windows of exactly `max_length`; attention is not blocked between the rows of a window.
+
+Not covered: chat templates, streaming, images.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+from tqdm.auto import tqdm
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from atp.errors import DataError
+
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+_CHUNK_ROWS = 512
+_FILE_SUFFIXES = (".jsonl", ".json", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training example in words."""
+
+    prompt: str
+    completion: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the content, blind to case and white space."""
+        text = " ".join(f"{self.prompt}{self.completion}".lower().split())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_rows(
+    sources: str | Sequence[str], split: str = "train", prompt: str | None = None, completion: str | None = None
+) -> list[Row]:
+    """Read JSONL files and hub data sets (`name` or `name:config`), one after the other.
+
+    Args:
+        sources: a path ending in .jsonl, .json or .ndjson (one JSON object a line), or a hub name; or several.
+        split: the split taken of a hub data set; slices such as `train[:900]` work.
+        prompt, completion: `str.format` templates over a row's columns, e.g. `"Question: {question}\\nAnswer:"`;
+            without them a row must have `prompt` and `completion`, or `text`.
+
+    Raises:
+        DataError: naming the file, and the line where there is one.
+    """
+    rows: list[Row] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        records = _read_file(Path(source)) if source.endswith(_FILE_SUFFIXES) else _read_hub(source, split)
+        found = [_row(record, where, prompt, completion) for where, record in records]
+        if not found:
+            raise DataError(f"{source}: holds no rows: give a file or split with at least one")
+        rows += found
+    return rows
+
+
+def check_disjoint(rows: Iterable[Row], held_out: Iterable[Row], names: tuple[str, str]) -> None:
+    """Raise `DataError` if the two share a row; `names` are what the message calls them."""
+    shared = {row.fingerprint for row in rows} & {row.fingerprint for row in held_out}
+    if shared:
+        raise DataError(
+            f"{len(shared)} row(s) are in both the {names[0]} and the {names[1]} set: results would be too good; "
+            f"remove them from one"
+        )
+
+
+def make_windows(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    packing: bool = True,
+    completion_only: bool = False,
+    progress: bool = True,
+) -> Dataset:
+    """Tokenise `rows` into a data set of `input_ids` and `labels`.
+
+    Args:
+        max_length: packed windows have exactly this many tokens, the last incomplete one is dropped; without packing
+            a row is cut to it: first the start of the prompt, then the end of the completion.
+        completion_only: prompt tokens get the label -100.
+
+    Raises:
+        DataError: where nothing is left.
+    """
+    examples = _tokenise(rows, tokenizer, completion_only, progress)
+    windows = list(_pack(examples, max_length) if packing else _cut(examples, tokenizer, max_length))
+    if not windows:
+        raise DataError(
+            f"{len(rows)} row(s) do not fill one window of {max_length} tokens: give more text or lower max_length"
+        )
+    return Dataset.from_dict({"input_ids": [w.ids for w in windows], "labels": [w.labels for w in windows]})
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Pads `input_ids`, `attention_mask` and `labels` of a batch to its longest window."""
+    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Token ids, their labels, and how many of them are prompt."""
+
+    ids: list[int]
+    labels: list[int]
+    prompt_length: int
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", _record(line, f"{path}, line {number}")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: check the path (it is relative to where the command runs)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _record(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: must be a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _read_hub(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    name, _, config = source.partition(":")
+    if Path(name).exists():
+        raise DataError(f"{source}: data files must end in {', '.join(_FILE_SUFFIXES)}: rename or convert it")
+    try:
+        records = load_dataset(name, config or None, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types, all of them bad input or no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"{source}: neither a {'/'.join(_FILE_SUFFIXES)} file nor a hub data set with split {split!r} that can "
+            f"be read: {reason}"
+        ) from None
+    for number, record in enumerate(records):
+        yield f"{source}[{split}], row {number}", record
+
+
+def _row(record: Mapping[str, Any], where: str, prompt: str | None, completion: str | None) -> Row:
+    if completion is not None:
+        return Row(_fill(prompt or "", record, where), _fill(completion, record, where))
+    if {"prompt", "completion"} <= record.keys():
+        pair = record["prompt"], record["completion"]
+    elif "text" in record:
+        pair = "", record["text"]
+    else:
+        raise DataError(
+            f"{where}: needs columns `prompt` and `completion`, or `text`; found {', '.join(record) or 'none'}: "
+            "rename them or set data.prompt and data.completion"
+        )
+    if not all(isinstance(part, str) for part in pair):
+        raise DataError(f"{where}: `prompt`, `completion` and `text` must be strings")
+    return Row(*pair)
+
+
+def _fill(template: str, record: Mapping[str, Any], where: str) -> str:
+    try:
+        return template.format(**record)
+    except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{where}: template {template!r} does not fit: {error!r}; columns: {', '.join(record)}"
+        ) from None
+
+
+def _tokenise(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, completion_only: bool, progress: bool
+) -> Iterator[_Example]:
+    with tqdm(total=len(rows), desc="tokenising", unit="row", disable=not progress, leave=False, delay=1) as bar:
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            chunk = rows[start : start + _CHUNK_ROWS]
+            prompts = tokenizer([row.prompt for row in chunk], verbose=False)["input_ids"]
+            wholes = tokenizer([row.prompt + row.completion for row in chunk], verbose=False)["input_ids"]
+            for prompt, whole in zip(prompts, wholes, strict=True):
+                yield _example(prompt, whole, tokenizer.eos_token_id, completion_only)
+            bar.update(len(chunk))
+
+
+def _example(prompt: list[int], whole: list[int], eos: int | None, completion_only: bool) -> _Example:
+    """The prompt part is the longest common start, so a token that spans the border counts as completion."""
+    length = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+    ids = whole if eos is None or whole[-1:] == [eos] else [*whole, eos]
+    labels = [IGNORED] * length + ids[length:] if completion_only else list(ids)
+    return _Example(ids, labels, length)
+
+
+def _pack(examples: Iterable[_Example], max_length: int) -> Iterator[_Example]:
+    ids: list[int] = []
+    labels: list[int] = []
+    for example in examples:
+        ids += example.ids
+        labels += example.labels
+        while len(ids) >= max_length:
+            yield _Example(ids[:max_length], labels[:max_length], 0)
+            ids, labels = ids[max_length:], labels[max_length:]
+
+
+def _cut(examples: Iterable[_Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[_Example]:
+    for example in examples:
+        first = 1 if example.ids[:1] == [tokenizer.bos_token_id] else 0
+        drop = max(0, min(len(example.ids) - max_length, example.prompt_length - first))
+        ids = (example.ids[:first] + example.ids[first + drop :])[:max_length]
+        labels = (example.labels[:first] + example.labels[first + drop :])[:max_length]
+        if any(label != IGNORED for label in labels[1:]):
+            yield _Example(ids, labels, example.prompt_length - drop)

@@ -1,0 +1,175 @@
+"""Compaction: a live model and its decision -> the tensors of the smaller dense model.
+
+Adapters are merged in float32, then rows and columns of pruned groups are left out. Because the masks act on the base
+path and the LoRA path alike (DESIGN equation 3), the result computes what the masked model computes.
+
+A norm over all heads (OLMo 2) divides by the root of sum(x^2) / H. With H' features left, its source is scaled by
+c = sqrt(H'/H) and its weight by 1/c: the root is then unchanged, and so is `eps`.
+
+The live model is left bit for bit as it was. Not covered: DoRA or `lora_bias` on a quantised layer; sharded parameters.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from atp.errors import UnsupportedModelError
+from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
+
+SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
+"""Space `disp`: what each half of a block reads from and writes to the residual stream."""
+
+
+def compact_tensors(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the smaller model by state-dict name, on the CPU, in the base weights' dtype.
+
+    What is not pruned is the live tensor itself where it lies on the CPU: treat the values as read-only.
+
+    Args:
+        masks: a hard decision, per group set `(size,)` of zeros and ones.
+
+    Raises:
+        UnsupportedModelError: naming a layer whose adapter cannot be merged.
+    """
+    kept = {name: torch.nonzero(mask.detach().cpu()).flatten() for name, mask in masks.items()}
+    indices = _feature_indices(kept)
+    linears = {linear.path: linear for linear in space.linears}
+    norms = {norm.path: norm for norm in space.norms}
+    source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
+    tensors = {}
+    for path, own in _modules(lm, "", _rest_dtype(lm)):
+        if path in linears:
+            own = _sliced(own, indices(linears[path].rows), indices(linears[path].cols), source_scale.get(path, 1.0))
+        elif path in norms:
+            axis = norms[path].axis
+            own = _sliced(own, indices(axis), None, 1.0 / _rms_ratio(axis, kept))
+        tensors |= {f"{path}.{name}" if path else name: tensor.detach().cpu() for name, tensor in own.items()}
+    return tensors | _selections(space, kept)
+
+
+def _feature_indices(kept: Mapping[str, Tensor]) -> Callable[[Axis | None], Tensor | None]:
+    """The kept features of an axis, or None where the axis is not pruned."""
+
+    def indices(axis: Axis | None) -> Tensor | None:
+        return None if axis is None else torch.nonzero(torch.isin(axis.owner, kept[axis.set])).flatten()
+
+    return indices
+
+
+def _rms_ratio(axis: Axis, kept: Mapping[str, Tensor]) -> float:
+    """c = sqrt(H'/H)."""
+    return math.sqrt(len(kept[axis.set]) * axis.units / len(axis.owner))
+
+
+def _sliced(
+    own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None, scale: float
+) -> dict[str, Tensor]:
+    """A layer's weight and bias without pruned rows and columns, times `scale`."""
+    result = {}
+    for name, tensor in own.items():
+        tensor = tensor if rows is None else tensor.index_select(0, rows.to(tensor.device))
+        if cols is not None and tensor.ndim == 2:
+            tensor = tensor.index_select(1, cols.to(tensor.device))
+        result[name] = tensor if scale == 1.0 else (tensor.float() * scale).to(tensor.dtype)
+    return result
+
+
+def _selections(space: Space, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Space `disp`: the indices that gather before an attention or MLP and scatter after it."""
+    names = {(s.block, s.kind): s.name for s in space.sets}
+    tensors = {}
+    for block in space.structure.blocks if space.name == "disp" else ():
+        for path, part in ((block.attention.path, "attention"), (block.mlp.path, "mlp")):
+            read, written = SELECTIONS[part]
+            tensors[f"{path}.residual_in"] = kept[names[block.index, read]]
+            tensors[f"{path}.residual_out"] = kept[names[block.index, written]]
+    return tensors
+
+
+def _rest_dtype(lm: PreTrainedModel) -> torch.dtype:
+    """What the model holds its unquantised weights in."""
+    return lm.get_input_embeddings().weight.dtype
+
+
+def _modules(module: nn.Module, path: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every module's own tensors under the path it has without adapters, adapters merged."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        module = _active_module(module, path)
+    if isinstance(module, BaseTunerLayer):
+        yield path, _merged(module, path, dtype)
+        return
+    if _is_quantised(module):
+        yield path, _dequantised(module, dtype)
+        return
+    yield path, {name: tensor for name, tensor in module.state_dict().items() if "." not in name}
+    for name, child in module.named_children():
+        yield from _modules(child, f"{path}.{name}" if path else name, dtype)
+
+
+def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
+    """What a PEFT wrapper (`modules_to_save`, `trainable_token_indices`) computes with now."""
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        return wrapper.modules_to_save[wrapper.active_adapters[0]]
+    if isinstance(wrapper, TrainableTokensWrapper):
+        return wrapper.token_adapter
+    raise UnsupportedModelError(f"{path}: a {type(wrapper).__name__} cannot be merged: remove it before exporting")
+
+
+@torch.no_grad()
+def _merged(layer: BaseTunerLayer, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Base tensors with the active adapters added, by PEFT's own `merge` on a float32 copy of the base."""
+    base = layer.get_base_layer()
+    if _is_quantised(base):
+        return _merged_quantised(layer, base, path, dtype)
+    parameters = dict(base.named_parameters(recurse=False))
+    originals = {name: parameter.data for name, parameter in parameters.items()}
+    if layer.merged or layer.disable_adapters:
+        return originals
+    try:
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+        layer.merge()
+        result = {name: p.data.to(originals[name].dtype, copy=True) for name, p in parameters.items()}
+        layer.unmerge()  # for its bookkeeping: `merged_adapters` and cached norms
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise UnsupportedModelError(f"{path}: this adapter cannot be merged: {error}") from None
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = originals[name]
+    return result
+
+
+def _merged_quantised(layer: BaseTunerLayer, base: nn.Module, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    own = _dequantised(base, torch.float32)
+    if layer.merged or layer.disable_adapters:
+        return {name: tensor.to(dtype) for name, tensor in own.items()}
+    active = [name for name in layer.active_adapters if name in layer.lora_A] if isinstance(layer, LoraLayer) else None
+    if active is None or any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
+        raise UnsupportedModelError(
+            f"{path}: only plain LoRA can be merged into a quantised layer: load the base model unquantised to export"
+        )
+    for name in active:
+        own["weight"] = own["weight"] + layer.get_delta_weight(name).float()
+    return {name: tensor.to(dtype) for name, tensor in own.items()}
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored packed or as integers."""
+    if not isinstance(module, nn.Linear):
+        return False
+    shape = (module.out_features, module.in_features)
+    return tuple(module.weight.shape) != shape or not module.weight.is_floating_point()
+
+
+def _dequantised(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    own = {"weight": dequantize_module_weight(module).detach().to(dtype)}
+    return own if module.bias is None else own | {"bias": module.bias.detach().to(dtype)}

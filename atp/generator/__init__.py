@@ -1,0 +1,1 @@
+"""What to prune: the network that emits logits, and sampling as pure functions."""

@@ -1,0 +1,60 @@
+"""The pruning-decision generator: learned block embeddings -> Transformer encoder -> logits for every group.
+
+ATP (arXiv 2412.14426) section 3.2: E in R^(L x d) passes a Transformer encoder and a LayerNorm; one projection per
+group kind, shared by all blocks, gives the logits. float32 whatever the model's dtype. On top of the paper's form
+each set has a constant `start`: b for every group when starting from all ones, or graded logits that reproduce a
+criterion's decision, which the network then refines.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from atp.structure.space import GroupSet, Space
+
+
+class DecisionGenerator(nn.Module):
+    """Emits one logit per group.
+
+    Args:
+        space: the table of groups.
+        hidden_size, layers, heads: of the Transformer encoder.
+        seed: of its initial weights; the global random state is left alone.
+    """
+
+    def __init__(self, space: Space, hidden_size: int, layers: int, heads: int, seed: int) -> None:
+        super().__init__()
+        self._sets = space.sets
+        blocks = len(space.structure.blocks)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.blocks = nn.Parameter(torch.randn(blocks, hidden_size))
+            layer = nn.TransformerEncoderLayer(
+                hidden_size, heads, dim_feedforward=4 * hidden_size, dropout=0.0, batch_first=True, norm_first=True
+            )
+            self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+            self.norm = nn.LayerNorm(hidden_size)
+            self.heads = nn.ModuleDict({_head(s): nn.Linear(hidden_size, s.size) for s in space.sets})
+            for head in self.heads.values():
+                nn.init.normal_(head.weight, std=1e-3)
+                nn.init.zeros_(head.bias)
+        self.start = nn.ParameterDict({_key(s): nn.Parameter(torch.zeros(s.size), False) for s in space.sets})
+
+    def set_start(self, logits: dict[str, Tensor]) -> None:
+        """Set the constant that is added to each set's logits, `(size,)`."""
+        with torch.no_grad():
+            for s in self._sets:
+                self.start[_key(s)].copy_(logits[s.name])
+
+    def forward(self) -> dict[str, Tensor]:
+        """Logits per group set, `(size,)`."""
+        states = self.norm(self.encoder(self.blocks.unsqueeze(0)).squeeze(0))
+        emitted = {name: head(states) for name, head in self.heads.items()}
+        return {s.name: emitted[_head(s)][s.block] + self.start[_key(s)] for s in self._sets}
+
+
+def _head(group_set: GroupSet) -> str:
+    return f"{group_set.kind}_{group_set.size}"
+
+
+def _key(group_set: GroupSet) -> str:
+    return f"{group_set.kind}_{group_set.block}"

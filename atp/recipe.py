@@ -1,0 +1,216 @@
+"""Recipes: the YAML file that `atp train` reads -> checked settings. Unknown keys and wrong types are errors.
+
+```yaml
+model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
+data: {train: data/train.jsonl, validation: data/validation.jsonl}
+lora: {r: 16}                    # fields of peft.LoraConfig
+atp: {sparsity: 0.4}             # fields of ATPConfig, or `preset: paper`
+training: {max_steps: 200}       # fields of transformers.TrainingArguments
+output_dir: runs/mine
+```
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from atp.config import ATPConfig, check_keys, read_yaml
+from atp.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none"}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model: a hub name, a folder, or a GGUF file; `gguf_file` names one inside a hub repository or folder."""
+
+    name_or_path: str
+    gguf_file: str | None = None
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model: dtype={self.dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which rows, and how they become windows: see `atp.data.read_rows` and `atp.data.make_windows`.
+
+    `calibration` is optional: without it `ATPCallback` holds rows of the training set out. The `*_split` settings are
+    for hub data sets only.
+    """
+
+    train: str | list[str]
+    validation: str | list[str] | None = None
+    calibration: str | list[str] | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    calibration_split: str = "train"
+    prompt: str | None = None
+    completion: str | None = None
+    max_length: int = 256
+    packing: bool = True
+    completion_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ConfigError(f"data: max_length={self.max_length} is not allowed: it must be an integer >= 2")
+        if self.prompt is not None and self.completion is None:
+            raise ConfigError("data: `prompt` is a template but `completion` is missing: set both")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run. `lora` and `training` are arguments of `LoraConfig` and `TrainingArguments`, defaults filled in."""
+
+    model: ModelSettings
+    data: DataSettings
+    output_dir: str
+    atp: ATPConfig = field(default_factory=ATPConfig)
+    lora: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+        """Read a YAML file; `overrides` are shell words such as `--atp.sparsity 0.5 --output_dir=runs/b`.
+
+        Raises:
+            ConfigError: naming the setting, what is wrong with it, and the nearest known one.
+        """
+        return cls.from_dict(apply_overrides(read_yaml(path), overrides))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Build from the nested mapping that a YAML file holds."""
+        check_keys(values, {f.name for f in dataclasses.fields(cls)}, "recipe")
+        for name in ("model", "data", "output_dir"):
+            if not values.get(name):
+                raise ConfigError(f"recipe: `{name}` is missing: add it")
+        if not isinstance(values["output_dir"], str):
+            raise ConfigError(f"recipe: output_dir={values['output_dir']!r} is not allowed: it must be a path")
+        if "output_dir" in _section(values, "training"):
+            raise ConfigError("training: output_dir is set at the top of the recipe: remove it here")
+        return cls(
+            model=ModelSettings(**_checked(ModelSettings, _section(values, "model"), "model")),
+            data=DataSettings(**_checked(DataSettings, _section(values, "data"), "data")),
+            output_dir=values["output_dir"],
+            atp=_atp_config(_section(values, "atp")),
+            lora=LORA_DEFAULTS | _checked(LoraConfig, _section(values, "lora"), "lora"),
+            training=TRAINING_DEFAULTS | _checked(TrainingArguments, _section(values, "training"), "training"),
+        )
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included, as YAML that `from_yaml` reads."""
+        return yaml.safe_dump(dataclasses.asdict(self) | {"atp": self.atp.to_dict()}, sort_keys=False)
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter's configuration; what PEFT refuses is a `ConfigError`."""
+        return _construct(LoraConfig, self.lora, "lora")
+
+    def training_arguments(self) -> TrainingArguments:
+        """The Trainer's arguments; what transformers refuses is a `ConfigError`. Starts the distributed state.
+
+        `use_cpu` follows the machine unless it is set, so that one recipe with `bf16: true` runs on either.
+        """
+        defaults = {"output_dir": self.output_dir, "use_cpu": not torch.accelerator.is_available()}
+        return _construct(TrainingArguments, defaults | self.training, "training")
+
+
+def apply_overrides(values: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """`values` with `--section.key value` or `--section.key=value` laid over; values are read as YAML."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}: settings are given as --section.key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise ConfigError(f"{word}: a value is missing: give --{key} value")
+            text = remaining.pop(0)
+        _put(result, key.split("."), _parse(word, text))
+    return result
+
+
+def _parse(word: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{word}: value {text!r} is not valid YAML: quote it") from None
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    *sections, last = path
+    for section in sections:
+        if values.get(section) is None:
+            values[section] = {}
+        if not isinstance(values[section], dict):
+            raise ConfigError(f"--{'.'.join(path)}: {section!r} is not a section: it has no settings inside")
+        values = values[section]
+    values[last] = value
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"recipe: `{name}` must be a mapping of settings, found {section!r}")
+    return section
+
+
+def _atp_config(values: dict[str, Any]) -> ATPConfig:
+    preset = {"preset": values["preset"]} if "preset" in values else {}
+    rest = {key: value for key, value in values.items() if key != "preset"}
+    return ATPConfig.from_dict(preset | _checked(ATPConfig, rest, "atp", missing_allowed=True))
+
+
+def _checked(cls: type, values: dict[str, Any], where: str, missing_allowed: bool = False) -> dict[str, Any]:
+    """`values` as arguments of the dataclass `cls`: keys known, required ones there, scalars of the right type."""
+    known = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    check_keys(values, set(known), where)
+    for name, spec in known.items():
+        required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+        if required and name not in values and not missing_allowed:
+            raise ConfigError(f"{where}: `{name}` is missing: add it")
+    hints = typing.get_type_hints(cls)
+    return {name: _typed(value, hints[name], f"{where}: {name}") for name, value in values.items()}
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """Check scalars against a type hint; read `5e-4`, which YAML takes for a string, as the number it is."""
+    wanted = _scalar_types(hint)
+    if wanted is None or type(value) in wanted:
+        return value
+    if float in wanted and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    names = " or ".join("null" if t is type(None) else t.__name__ for t in sorted(wanted, key=lambda t: t.__name__))
+    raise ConfigError(f"{where}={value!r} is of the wrong type: it must be {names}")
+
+
+def _scalar_types(hint: Any) -> set[type] | None:
+    """The types that a union of plain types allows, or None for a hint too rich to check here."""
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    plain = {typing.get_origin(part) or part for part in parts}
+    return plain if plain <= {bool, int, float, str, list, dict, type(None)} else None
+
+
+def _construct(cls: type, arguments: dict[str, Any], where: str) -> Any:
+    try:
+        return cls(**arguments)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise ConfigError(f"{where}: {error}") from None

@@ -1,0 +1,135 @@
+"""Calibration data: rows held out of the training set, or given; batches of them; and the check against evaluation.
+
+Holding out needs no change to the user's script: the training sampler is wrapped so that a held-out row never comes
+up; its neighbour does instead, so the number of steps stays what it was.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Sampler
+
+from atp.errors import CalibrationError
+
+MOST_HELD_OUT = 0.1
+"""At most this share of the training rows is held out."""
+
+
+class Calibration:
+    """Batches for the generator and for criteria.
+
+    Args:
+        rows: dataset rows, as the training set holds them.
+        collate: makes a model's keyword arguments from a list of rows.
+        batch_size: rows per batch.
+    """
+
+    def __init__(self, rows: Sequence[Any], collate: Callable[[list[Any]], Mapping[str, Any]], batch_size: int) -> None:
+        if len(rows) < batch_size:
+            raise CalibrationError(
+                f"{len(rows)} calibration rows are fewer than calibration_batch_size={batch_size}: "
+                "give more rows or lower it"
+            )
+        self._rows, self._collate, self._batch_size = rows, collate, batch_size
+        if "labels" not in self.batch(0):
+            raise CalibrationError(
+                "calibration batches have no labels, so the model returns no loss: calibration rows must be "
+                "prepared like the training set (tokenised, with the same data collator)"
+            )
+
+    def batch(self, index: int) -> Mapping[str, Any]:
+        """Batch number `index`; they repeat after the last row, and depend on nothing but the index."""
+        start = index * self._batch_size
+        return self._collate([self._rows[(start + i) % len(self._rows)] for i in range(self._batch_size)])
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """Every full batch once."""
+        return (self.batch(i) for i in range(len(self._rows) // self._batch_size))
+
+    def hashes(self) -> set[str]:
+        """Content hash of every row."""
+        return {row_hash(self._rows[i]) for i in range(len(self._rows))}
+
+
+def row_hash(row: Any) -> str:
+    """Hash of a row's tokens (or of the whole row where it has none), blind to padding and to extra columns."""
+    content = row.get("input_ids", row) if isinstance(row, Mapping) else row
+    if isinstance(content, torch.Tensor):
+        content = content.tolist()
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+def check_disjoint(calibration: set[str], evaluation: Any) -> None:
+    """Raise `CalibrationError` where a row of the evaluation set is also a calibration row."""
+    for index in range(len(evaluation)):
+        if row_hash(evaluation[index]) in calibration:
+            raise CalibrationError(
+                f"evaluation row {index} is also a calibration row, so its score would be flattered: "
+                "remove it from one of the two sets"
+            )
+
+
+def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[int]:
+    """Hold out up to `rows` rows of the training set, at most a tenth of it; the loader never yields them again.
+
+    Returns:
+        Their indices, ascending; the same for the same seed and data set.
+    """
+    dataset = loader.dataset
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise CalibrationError(
+            "rows cannot be held out of a streaming training set: pass ATPCallback(config, calibration_dataset=...)"
+        )
+    wanted = min(rows, int(len(dataset) * MOST_HELD_OUT))
+    if wanted < batch_size:
+        raise CalibrationError(
+            f"the training set's {len(dataset)} rows are too few to hold out {batch_size} for calibration: "
+            "pass ATPCallback(config, calibration_dataset=...) or lower calibration_batch_size"
+        )
+    owner = _owner_of_sampler(loader)
+    if isinstance(owner.sampler, _HoldOutSampler):
+        owner.sampler = owner.sampler.inner
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    held = sorted(order[:wanted].tolist())
+    owner.sampler = _HoldOutSampler(owner.sampler, held, len(dataset))
+    return held
+
+
+def _owner_of_sampler(loader: DataLoader) -> BatchSampler:
+    """The batch sampler that draws row indices, under whatever accelerate wrapped around it."""
+    sampler = loader.batch_sampler
+    while not hasattr(sampler, "sampler") and hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    if not hasattr(sampler, "sampler"):
+        raise CalibrationError(
+            "rows cannot be held out of this training sampler: pass ATPCallback(config, calibration_dataset=...)"
+        )
+    return sampler
+
+
+class _HoldOutSampler(Sampler[int]):
+    """Yields what `inner` yields, with every held-out index replaced by the next one that is not."""
+
+    def __init__(self, inner: Sampler[int], held: Sequence[int], length: int) -> None:
+        self.inner = inner
+        self._instead: dict[int, int] = {}
+        taken = set(held)
+        for index in held:
+            other = index
+            while other in taken:
+                other = (other + 1) % length
+            self._instead[index] = other
+
+    def __iter__(self) -> Iterator[int]:
+        return (self._instead.get(index, index) for index in self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        """`set_epoch`, `generator` and the like are the inner sampler's."""
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)

@@ -1,0 +1,197 @@
+"""The learner: samples decisions, takes the loss's gradient with respect to the masks, and steps the generator.
+
+It knows a space, an attachment and a schedule, and no Trainer. Both modes share one update (DESIGN equation 2): with
+g = dLoss/dmask gathered at the masks, the generator follows sum(s * g) + lambda * R, whose gradient is that of the
+straight-through estimator. `joint` gathers g in the LoRA step's own backward under hard masks; `alternating` in a pass
+of its own under soft masks.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atp.config import ATPConfig
+from atp.generator.network import DecisionGenerator
+from atp.generator.sampling import add_noise, soften, straight_through, threshold
+from atp.layers import Attachment
+from atp.structure.budget import budget_note, project
+from atp.training.losses import budget_loss
+from atp.training.schedule import Schedule
+
+Masks = dict[str, Tensor]
+
+
+class DecisionLearner:
+    """Owns the generator, its optimizer and random stream, and writes the masks.
+
+    Args:
+        attachment: the live model's masks.
+        schedule: what each step uses.
+        start: logits to start from per group set, `(size,)`, or None for all ones (`config.logit_bias`).
+    """
+
+    def __init__(self, config: ATPConfig, attachment: Attachment, schedule: Schedule, start: Masks | None) -> None:
+        self.config, self.attachment, self.schedule = config, attachment, schedule
+        self.space = attachment.space
+        device = next(iter(attachment.masks.values())).device
+        self.generator = DecisionGenerator(
+            self.space, config.generator_hidden_size, config.generator_layers, config.generator_heads, config.seed
+        ).to(device)
+        self.generator.set_start(start or {s.name: torch.full((s.size,), config.logit_bias) for s in self.space.sets})
+        trained = [p for p in self.generator.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
+        self._random = torch.Generator().manual_seed(config.seed)
+        self._noisy: Masks | None = None
+        self._decision: Masks = attachment.decision()
+        self.step = 0
+        self.frozen_at: int | None = None
+        self.metrics: dict[str, float] = {}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the decision is final."""
+        return self.frozen_at is not None
+
+    def begin_step(self, step: int) -> None:
+        """Put this optimizer step's hard masks in place; in `joint` mode backward will gather their gradients."""
+        self.step = step
+        if self.frozen:
+            return
+        if step >= self.schedule.freeze_step:
+            self.freeze()
+            return
+        joint = self.config.mode == "joint" and step % self.config.generator_every == 0
+        with torch.set_grad_enabled(joint):
+            self._noisy = self._sample()
+        hard = self._harden(self._noisy)
+        self.attachment.set_masks(hard)
+        self.attachment.require_gradients(joint)
+        self._record(hard)
+
+    def alternate(self, loss: Callable[[], Tensor]) -> None:
+        """The paper's generator step: `loss()` under soft masks, then one update. Call before `begin_step`."""
+        self._noisy = self._sample()
+        self.attachment.require_gradients(True)
+        self.attachment.set_masks({k: v.detach() for k, v in soften(self._noisy, self._temperature).items()})
+        value = loss()
+        leaves = list(self.attachment.masks.values())
+        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        self.attachment.require_gradients(False)
+        self.metrics["generator_loss"] = value.item()
+        self._update(dict(zip(self.attachment.masks, gradients, strict=True)))
+
+    def update_from_step(self, loss_scale: float = 1.0) -> None:
+        """The joint generator step: call after backward, before the LoRA optimizer's step.
+
+        Args:
+            loss_scale: what a gradient scaler (fp16) multiplied the loss by.
+        """
+        if self.frozen or self.config.mode != "joint" or self._noisy is None:
+            return
+        if not any(z.requires_grad for z in self._noisy.values()):
+            return
+        gradients = {k: leaf.grad for k, leaf in self.attachment.masks.items() if leaf.grad is not None}
+        self._update({k: gradient / loss_scale for k, gradient in gradients.items()})
+        self.attachment.require_gradients(False)
+
+    def freeze(self) -> None:
+        """Make the noise-free decision on budget final."""
+        decision = self.decision(final=True)
+        self.attachment.require_gradients(False)
+        self.attachment.set_masks(decision)
+        self.frozen_at = self.step
+        self._noisy = None
+        self._record(decision)
+
+    @torch.no_grad()
+    def decision(self, final: bool = False) -> Masks:
+        """The noise-free decision on this step's budget (or on the final one)."""
+        if self.frozen:
+            return self.attachment.decision()
+        sparsity = self.config.sparsity if final else self.schedule.sparsity(self.step)
+        return project(self.generator(), self.space, sparsity)
+
+    def show_decision(self) -> None:
+        """Put the noise-free decision in place, for evaluation and saving."""
+        if not self.frozen:
+            self.attachment.set_masks(self.decision())
+
+    def note(self) -> str | None:
+        """One line where the asked sparsity is not reachable exactly."""
+        return budget_note(self.space, self.decision(final=True), self.config.sparsity)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a bit-exact resume needs: tensors, and plain values."""
+        tensors = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
+        tensors |= {f"decision.{k}": v for k, v in self._decision.items()}
+        tensors["random"] = self._random.get_state()
+        return tensors, {"step": self.step, "frozen_at": self.frozen_at, "total_steps": self.schedule.total_steps}
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.generator.load_state_dict(_under(tensors, "generator."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in _under(tensors, "optimizer.").items():
+            index, name = key.split(".", 1)
+            moments.setdefault(int(index), {})[name] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+        self._random.set_state(tensors["random"])
+        self._decision = _under(tensors, "decision.")
+        self.step, self.frozen_at = values["step"], values["frozen_at"]
+        self._noisy = None
+        self.attachment.require_gradients(False)
+        self.attachment.set_masks(self._decision)
+
+    @property
+    def _temperature(self) -> float:
+        return self.schedule.temperature(self.step)
+
+    def _sample(self) -> Masks:
+        return add_noise(self.generator(), self.schedule.noise(self.step), self._random)
+
+    def _harden(self, noisy: Masks) -> Masks:
+        if self.config.on_budget:
+            return project(noisy, self.space, self.schedule.sparsity(self.step))
+        return threshold(noisy)
+
+    def _update(self, gradients: Mapping[str, Tensor | None]) -> None:
+        assert self._noisy is not None
+        soft = soften(self._noisy, self._temperature)
+        task = torch.stack([(soft[k] * g).sum() for k, g in _reduced(gradients).items()]).sum()
+        masks = straight_through(threshold(self._noisy), soft)
+        budget = budget_loss(masks, self.space, self.schedule.sparsity(self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        (task + self.config.budget_weight * budget.to(task.device)).backward()
+        self.optimizer.step()
+        self.metrics["budget_loss"] = budget.item()
+        self._noisy = None
+
+    def _record(self, decision: Masks) -> None:
+        decision = {name: mask.cpu() for name, mask in decision.items()}
+        changed = sum((decision[k] != self._decision[k]).sum().item() for k in decision)
+        self.metrics |= {
+            "sparsity": self.space.sparsity(decision),
+            "churn": changed / sum(s.size for s in self.space.sets),
+            "temperature": self._temperature,
+            "frozen": float(self.frozen),
+            **{f"kept_{kind}": share for kind, share in self.space.kept_share(decision).items()},
+        }
+        self._decision = decision
+
+
+def _reduced(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Gradients that exist, averaged over ranks."""
+    present = {k: g for k, g in gradients.items() if g is not None}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for gradient in present.values():
+            torch.distributed.all_reduce(gradient)
+            gradient /= torch.distributed.get_world_size()
+    return present
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,55 @@
+"""One export per family and space, made once and shared by all behaviours."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atp.export import export, load
+from atp.layers import attach, attachment_of
+from atp.structure.budget import project
+from atp.structure.discovery import discover
+from atp.structure.space import Space, build_space
+from tests import families
+
+SPACES = {"width": ("width", False), "uniform": ("width", True), "disp": ("disp", False)}
+SPARSITY = 0.4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A masked LoRA model's logits and generated tokens, and the same model exported and loaded."""
+
+    space: Space
+    masks: dict[str, Tensor]
+    logits: Tensor
+    folder: Path
+    loaded: PreTrainedModel
+
+
+def random_masks(space: Space, sparsity: float = SPARSITY, seed: int = 0) -> dict[str, Tensor]:
+    """A decision on budget from random scores."""
+    generator = torch.Generator().manual_seed(seed)
+    return project({s.name: torch.rand(s.size, generator=generator) for s in space.sets}, space, sparsity)
+
+
+def masked(model: torch.nn.Module, space_name: str, sparsity: float = SPARSITY) -> torch.nn.Module:
+    """`model` attached to the space under random masks."""
+    name, uniform = SPACES[space_name]
+    space = build_space(discover(model), name, uniform=uniform)
+    attach(model, space).set_masks(random_masks(space, sparsity))
+    return model
+
+
+@cache
+def exported(family: str, space_name: str) -> Case:
+    """Build, tune at random, mask, export and load."""
+    model = masked(families.with_lora(families.build(family)), space_name)
+    attachment = attachment_of(model)
+    expected = families.logits(model)
+    folder = export(model, Path(mkdtemp(prefix="atp-test-")) / "pruned")
+    return Case(attachment.space, attachment.decision(), expected, folder, load(folder).eval())

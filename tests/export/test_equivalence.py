@@ -1,0 +1,114 @@
+"""Exported models against the masked model they come from.
+
+Oracle: the live masked float32 model (LoRA unmerged, nothing sliced), and `Space.kept_parameters` for counts.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests import families
+from tests.export.cases import SPACES, exported
+
+every_case = pytest.mark.parametrize(("family", "space"), [(f, s) for f in families.FAMILIES for s in SPACES])
+some_cases = pytest.mark.parametrize(("family", "space"), [("phi3", "width"), ("gemma3", "disp"), ("gpt_neox", "disp")])
+
+
+@every_case
+def test_logits_equal_those_of_the_masked_model(family, space):
+    case = exported(family, space)
+    assert families.relative_error(families.logits(case.loaded), case.logits) <= 1e-5
+
+
+@every_case
+def test_parameter_count_is_the_predicted_one(family, space):
+    case = exported(family, space)
+    predicted = case.space.kept_parameters(case.space.kept_counts(case.masks)).item()
+    assert sum(case.loaded.get_submodule(linear.path).weight.numel() for linear in case.space.linears) == predicted
+    parameters = case.loaded.config.atp["parameters"]
+    assert parameters["after"] == case.loaded.num_parameters() < parameters["before"]
+    assert parameters["before"] == families.build(family).num_parameters()
+
+
+@every_case
+def test_uniform_widths_give_the_stock_class_and_others_the_pruned_one(family, space):
+    case = exported(family, space)
+    stock = type(families.build(family))
+    plain = space == "uniform"
+    assert (type(case.loaded) is stock) == plain
+    assert isinstance(case.loaded, stock)
+    assert (case.folder / "modeling_atp.py").exists() != plain
+    assert ("auto_map" in case.loaded.config.to_dict()) != plain
+
+
+@every_case
+def test_generation_with_a_cache_equals_generation_without(family, space):
+    model = exported(family, space).loaded
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    prompt = families.tokens(2, 9)
+    mask = torch.ones_like(prompt)
+    cached = model.generate(prompt, attention_mask=mask, use_cache=True, **settings)
+    assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **settings))
+
+
+@some_cases
+def test_saving_the_loaded_model_again_loses_nothing(family, space, tmp_path):
+    case = exported(family, space)
+    case.loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is type(case.loaded)
+    assert torch.equal(families.logits(again), families.logits(case.loaded))
+    assert (tmp_path / "modeling_atp.py").read_bytes() == (case.folder / "modeling_atp.py").read_bytes()
+
+
+@some_cases
+def test_a_deep_copy_computes_the_same_and_shares_nothing(family, space):
+    model = exported(family, space).loaded
+    twin = copy.deepcopy(model)
+    expected = families.logits(model)
+    assert torch.equal(families.logits(twin), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.equal(families.logits(model), expected)
+
+
+@some_cases
+def test_the_exported_model_can_be_tuned_and_merged_again(family, space):
+    """Oracle: the tuned model before merging."""
+    model = families.with_lora(copy.deepcopy(exported(family, space).loaded))
+    model.train()
+    batch = families.tokens()
+    model(input_ids=batch, labels=batch).loss.backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "lora_" in name]
+    assert gradients and all(g is not None and g.isfinite().all() for g in gradients)
+    tuned = families.logits(model.eval())
+    merged = model.merge_and_unload()
+    assert families.relative_error(families.logits(merged), tuned) <= 1e-5
+
+
+@some_cases
+def test_named_targets_work_as_on_the_stock_model(family, space):
+    targets = ["qkv_proj"] if family == "phi3" else ["q_proj"] if family == "gemma3" else ["query_key_value"]
+    tuned = get_peft_model(copy.deepcopy(exported(family, space).loaded), LoraConfig(r=2, target_modules=targets))
+    assert torch.equal(families.logits(tuned.eval()), families.logits(exported(family, space).loaded))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_loading_in_bfloat16_keeps_indices_whole(space):
+    case = exported("llama", space)
+    half = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.bfloat16).eval()
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert families.relative_error(families.logits(half).float(), case.logits) <= 3e-2
+    for name, buffer in case.loaded.named_buffers():
+        if "residual" in name:
+            assert torch.equal(buffer, half.get_buffer(name))
+
+
+def test_tied_embeddings_stay_tied():
+    for space in SPACES:
+        model = exported("llama_tied", space).loaded
+        assert model.lm_head.weight is model.model.embed_tokens.weight

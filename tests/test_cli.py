@@ -1,0 +1,233 @@
+"""The shell, in this process. Oracles: exit status, the one line on standard error, and the files left behind."""
+
+import errno
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from atp.cli import build_parser, main
+from atp.commands.output import write_json
+from atp.errors import ATPError
+from tests import tiny
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    """A recipe of six steps on tiny data; the test may change it before it is written."""
+    return {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {
+            "train": str(tiny.jsonl(tmp_path / "train.jsonl", range(120))),
+            "validation": str(tiny.jsonl(tmp_path / "validation.jsonl", range(120, 140))),
+            "max_length": 16,
+        },
+        "lora": {"r": 4},
+        "atp": {"sparsity": 0.4, "calibration_rows": 4, "calibration_batch_size": 2},
+        "training": {"max_steps": 6, "per_device_train_batch_size": 2, "save_steps": 2, "disable_tqdm": True},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+def written(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def refused(capsys, *argv):
+    """The one line that a refused command prints."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_inspect_counts_what_is_there_and_what_is_left(base, tmp_path, capsys):
+    out = tmp_path / "inspect.json"
+    assert main(["inspect", str(base), "--sparsity", "0.5", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    # per block: q and o 32x32, k and v 16x32, gate, up and down 48x32
+    assert found["prunable_parameters"] == 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+    assert found["parameters"] == sum(p.numel() for p in tiny.model().parameters())
+    assert found["sparsity_achieved"] == pytest.approx(0.5, abs=0.02)
+    by_kind = {group["kind"]: group for group in found["groups"]}
+    assert (by_kind["kv"]["size"], by_kind["kv"]["parameters"]) == (2, (2 * 16 + 2 * 8) * 32)
+    assert (by_kind["mlp"]["size"], by_kind["mlp"]["parameters"]) == (48, 3 * 32)
+    kept = sum(g["kept"] * g["parameters"] * blocks(g["blocks"]) for g in found["groups"])
+    assert found["prunable_parameters"] - kept == found["parameters_removed"]
+    assert "kept widths" in capsys.readouterr().out
+
+
+def blocks(name):
+    first, _, last = name.partition("-")
+    return int(last or first) - int(first) + 1
+
+
+@pytest.mark.parametrize("options", [["--uniform"], ["--space", "disp"], ["--round-to", "16"]])
+def test_inspect_other_spaces(base, tmp_path, options):
+    out = tmp_path / "inspect.json"
+    assert main(["inspect", str(base), *options, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["sparsity_achieved"] >= 0.4
+    if options == ["--uniform"]:
+        assert {g["blocks"] for g in found["groups"]} == {"0-3"}
+
+
+def test_eval_measures_every_model(base, tmp_path):
+    rows, out = tiny.jsonl(tmp_path / "rows.jsonl", range(6)), tmp_path / "eval.json"
+    argv = ["eval", str(base), str(base), "--data", str(rows), "--max-length", "64", "--json", str(out)]
+    assert main(argv) == 0
+    found = json.loads(out.read_text())
+    assert found["rows"] == 6
+    first, second = found["models"]
+    assert first["perplexity"] == second["perplexity"]
+    assert main([*argv, "--completion-only"]) == 0
+    assert json.loads(out.read_text())["models"][0]["tokens"] < first["tokens"]
+
+
+def test_train_then_resume_then_export(recipe, tmp_path, capsys):
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path, "--atp.sparsity", "0.5", "--json", str(tmp_path / "results.json")]) == 0
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics == json.loads((tmp_path / "results.json").read_text())
+    assert metrics["pruning"]["sparsity_asked"] == 0.5
+    assert metrics["validation"]["tokens"] > 0
+    assert (run / "final" / "adapter_config.json").is_file()
+    removed = metrics["pruning"]["prunable_parameters"] - metrics["pruning"]["kept_parameters"]
+    assert metrics["pruned"]["parameters"] == sum(p.numel() for p in tiny.model().parameters()) - removed
+
+    assert "already holds a run" in refused(capsys, "train", path)
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+    assert main(["train", path, "--atp.sparsity", "0.5", "--resume"]) == 0
+    again = json.loads((run / "metrics.json").read_text())
+    assert again["validation"]["nll"] == pytest.approx(metrics["validation"]["nll"], rel=1e-6)
+
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--json", str(tmp_path / "export.json")]) == 0
+    exported = json.loads((tmp_path / "export.json").read_text())
+    assert exported["parameters_before"] - exported["parameters_after"] == removed
+    assert "exists" in refused(capsys, "export", run, out)
+    argv = ["eval", str(run / "pruned"), str(out), "--data", recipe["data"]["validation"]]
+    assert main([*argv, "--json", str(tmp_path / "eval.json")]) == 0
+    first, second = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
+
+
+def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-99").mkdir(parents=True)
+    (run / "metrics.json").write_text("{}")
+    (run / "mine.txt").write_text("kept")
+    recipe["training"]["max_steps"] = 2
+    assert main(["train", written(recipe, tmp_path), "--overwrite"]) == 0
+    assert not (run / "checkpoint-99").exists()
+    assert (run / "mine.txt").read_text() == "kept"
+    assert "training" in json.loads((run / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"])
+def test_a_truncated_checkpoint_is_refused_and_the_one_before_resumes(recipe, tmp_path, capsys, name):
+    recipe["training"]["max_steps"] = 4
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    damaged = run / "checkpoint-4" / name
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    line = refused(capsys, "train", path, "--resume")
+    assert "checkpoint-4" in line
+    assert "to go on from the one before" in line
+    shutil.rmtree(run / "checkpoint-4")
+    assert main(["train", path, "--resume"]) == 0
+
+
+def test_a_full_disk_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run"))
+
+    monkeypatch.setattr("atp.commands.train.Recipe.from_yaml", full)
+    assert "the disk is full" in refused(capsys, "train", written(recipe, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--atp.sparcity", "0.5"], "atp: unknown setting 'sparcity': did you mean 'sparsity'?"),
+        (["--training.max_step=5"], "did you mean 'max_steps'?"),
+        (["--lora.rank", "8"], "lora: unknown setting 'rank'"),
+        (["--data.packin", "false"], "did you mean 'packing'?"),
+        (["--moddel.dtype", "float32"], "did you mean 'model'?"),
+        (["--atp.sparsity", "1.5"], "sparsity=1.5 is not allowed"),
+        (["--atp.sparsity", "much"], "atp: sparsity='much' is of the wrong type: it must be float"),
+        (["--training.max_steps", "many"], "training: max_steps='many' is of the wrong type: it must be int"),
+        (["--training.learning_rate", "fast"], "learning_rate='fast' is of the wrong type"),
+        (["--training.eval_strategy", "sometimes"], "training: "),
+        (["--training.output_dir", "x"], "output_dir is set at the top"),
+        (["--model.dtype", "int8"], "dtype='int8' is not allowed"),
+        (["--model.name_or_path", "./nowhere"], "./nowhere: no such folder"),
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--data.max_length", "100000"], "do not fill one window"),
+        (["--output_dir.x", "1"], "'output_dir' is not a section"),
+        (["--atp.sparsity"], "a value is missing"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_train_refuses_bad_settings_in_one_line(recipe, tmp_path, capsys, overrides, message):
+    assert message in refused(capsys, "train", written(recipe, tmp_path), *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_rows_shared_with_validation(recipe, tmp_path, capsys):
+    recipe["data"]["validation"] = str(tiny.jsonl(tmp_path / "shared.jsonl", range(119, 125)))
+    assert "1 row(s) are in both the training and the validation set" in refused(
+        capsys, "train", written(recipe, tmp_path)
+    )
+
+
+def test_other_commands_refuse_bad_input_in_one_line(base, tmp_path, capsys):
+    rows = tiny.jsonl(tmp_path / "rows.jsonl", range(3))
+    assert "no such folder" in refused(capsys, "inspect", tmp_path / "none")
+    assert "sparsity=2.0 is not allowed" in refused(capsys, "inspect", base, "--sparsity", 2)
+    assert "no such GGUF file" in refused(capsys, "inspect", base, "--gguf-file", "x.gguf")
+    assert "is a file" in refused(capsys, "inspect", rows)
+    assert "no such file" in refused(capsys, "eval", base, "--data", tmp_path / "none.jsonl")
+    assert "--max-length must be" in refused(capsys, "eval", base, "--data", rows, "--max-length", 1)
+    assert "final/adapter_config.json" in refused(capsys, "export", tmp_path, tmp_path / "out")
+    assert "its folder does not exist" in refused(capsys, "inspect", base, "--json", tmp_path / "none" / "x.json")
+    assert "invalid choice: 'inspekt'" in refused(capsys, "inspekt")
+    assert "required" in refused(capsys)
+    assert "unrecognized arguments: --verbose" in refused(capsys, "inspect", base, "--verbose")
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(ATPError, match="cannot be written"):
+        write_json(tmp_path / "none" / "results.json", {})
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"(?:^    |-m )(atp (?:train|export|eval|inspect) [^#\n]+)", README.read_text(), re.M)
+    assert len(commands) >= 4
+    for command in commands:
+        build_parser().parse_args(shlex.split(command)[1:])
+
+
+def test_python_in_the_readme_compiles():
+    (snippet,) = re.findall(r"```python\n(.+?)```", README.read_text(), re.S)
+    compile(snippet, "README.md", "exec")

@@ -1,0 +1,87 @@
+"""Every YAML in configs/ goes through the real schema; recipes say what they mean."""
+
+from pathlib import Path
+
+import pytest
+
+from atp.config import ATPConfig, read_yaml
+from atp.data import Row, read_rows
+from atp.errors import ConfigError
+from atp.recipe import Recipe, apply_overrides
+
+FOLDER = Path(__file__).parents[1] / "configs"
+FILES = sorted(FOLDER.glob("*.yaml"))
+MINIMAL = {"model": {"name_or_path": "m"}, "data": {"train": "t.jsonl"}, "output_dir": "runs/x"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_recipe_is_accepted_by_schema_peft_and_transformers(path, tmp_path):
+    recipe = Recipe.from_yaml(path, [f"--output_dir={tmp_path}"])
+    assert recipe.lora_config().target_modules == "all-linear"
+    assert recipe.training_arguments().bf16
+    assert read_yaml(path)["output_dir"] == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_recipe_names_its_own_command(path):
+    assert f"atp train configs/{path.name}" in path.read_text()
+
+
+HUB_ROWS = {
+    "pubmedqa": (
+        {"context": {"contexts": ["A.", "B."]}, "question": "C?", "final_decision": "yes"},
+        ("Question: C?", " yes"),
+    ),
+    "hqs": ({"CHQ": "My hand ...", "Summary": "What is wrong?"}, ("My hand ...", " What is wrong?")),
+    "billsum": ({"text": "Be it enacted", "summary": "A bill."}, ("Be it enacted", " A bill.")),
+    "casehold": ({"context": "The court", "endings": list("abcde"), "label": 3}, ("3: d", " 3")),
+}
+
+
+@pytest.mark.parametrize("name", HUB_ROWS)
+def test_templates_fit_the_columns_of_the_hub_sets(name, monkeypatch):
+    record, (in_prompt, completion) = HUB_ROWS[name]
+    data = Recipe.from_yaml(FOLDER / f"{name}_llama3_8b.yaml").data
+    monkeypatch.setattr("atp.data.load_dataset", lambda *_, **__: [record])
+    (row,) = read_rows(data.train, data.train_split, data.prompt, data.completion)
+    assert isinstance(row, Row)
+    assert in_prompt in row.prompt
+    assert row.completion == completion
+
+
+def test_defaults_and_round_trip(tmp_path):
+    recipe = Recipe.from_dict(MINIMAL)
+    assert recipe.atp == ATPConfig()
+    assert (recipe.lora["r"], recipe.lora["lora_alpha"], recipe.data.max_length) == (16, 32, 256)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.from_yaml(path) == recipe
+
+
+def test_paper_preset_and_numbers_that_yaml_takes_for_words():
+    recipe = Recipe.from_dict(
+        MINIMAL | {"atp": {"preset": "paper", "generator_lr": "1e-3"}, "training": {"learning_rate": "5e-4"}}
+    )
+    assert recipe.atp == ATPConfig.paper()
+    assert recipe.training["learning_rate"] == 5e-4
+
+
+def test_overrides_leave_the_original_alone():
+    changed = apply_overrides(MINIMAL, ["--atp.sparsity", "0.5", "--data.train=[a, b]", "--output_dir", "y"])
+    assert changed["atp"] == {"sparsity": 0.5}
+    assert changed["data"] == {"train": ["a", "b"]}
+    assert MINIMAL["output_dir"] == "runs/x"
+    assert MINIMAL["data"] == {"train": "t.jsonl"}
+
+
+@pytest.mark.parametrize("name", ["model", "data", "output_dir"])
+def test_missing_sections_are_named(name):
+    with pytest.raises(ConfigError, match=f"`{name}` is missing"):
+        Recipe.from_dict({key: value for key, value in MINIMAL.items() if key != name})
+
+
+def test_missing_settings_are_named():
+    with pytest.raises(ConfigError, match="data: `train` is missing"):
+        Recipe.from_dict(MINIMAL | {"data": {"max_length": 4}})
+    with pytest.raises(ConfigError, match="`completion` is missing"):
+        Recipe.from_dict(MINIMAL | {"data": {"train": "t", "prompt": "{q}"}})

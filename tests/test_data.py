@@ -1,0 +1,130 @@
+"""Rows and windows. Oracle: the tokenizer itself, applied to the joined text."""
+
+import json
+
+import pytest
+
+from atp.data import IGNORED, Row, check_disjoint, collator, make_windows, read_rows
+from atp.errors import DataError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return read_rows(str(tiny.jsonl(tmp_path / "rows.jsonl", range(12))))
+
+
+def test_reads_pairs_text_templates_and_several_files(tmp_path):
+    pairs = tiny.jsonl(tmp_path / "pairs.jsonl", range(2))
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "statute", "id": 1}\n\n')
+    columns = tmp_path / "columns.json"
+    columns.write_text('{"q": "why", "a": {"long": ["because"]}}\n')
+    assert read_rows([str(pairs), str(text)]) == [*(Row(**tiny.row(i)) for i in range(2)), Row("", "statute")]
+    assert read_rows(str(columns), prompt="Q: {q}", completion=" {a[long][0]}") == [Row("Q: why", " because")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no rows"),
+        ('{"text": "a"}\n{"text": \n', "line 2: not valid JSON"),
+        ("[1, 2]\n", "line 1: must be a JSON object, found list"),
+        (
+            '{"prompt": "a", "answer": "b"}\n',
+            "needs columns `prompt` and `completion`, or `text`; found prompt, answer",
+        ),
+        ('{"text": 3}\n', "must be strings"),
+    ],
+)
+def test_bad_files_are_one_line_that_says_where(tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        read_rows(str(path))
+    assert "bad.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_wrong_suffixes_and_templates_that_do_not_fit(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(str(tmp_path / "none.jsonl"))
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(DataError, match=r"must end in \.jsonl"):
+        read_rows(str(tmp_path / "rows.txt"))
+    path = tiny.jsonl(tmp_path / "rows.jsonl", range(1))
+    with pytest.raises(DataError, match="template ' {answer}' does not fit"):
+        read_rows(str(path), prompt="", completion=" {answer}")
+
+
+def test_a_hub_set_that_cannot_be_read_is_a_data_error(monkeypatch):
+    def refuse(name, config, split):
+        raise ConnectionError(f"no network for {name} {config} {split}")
+
+    monkeypatch.setattr("atp.data.load_dataset", refuse)
+    with pytest.raises(DataError, match="no network for org/set part test"):
+        read_rows("org/set:part", "test")
+
+
+def test_a_hub_set_is_read_by_name_config_and_split(monkeypatch):
+    monkeypatch.setattr("atp.data.load_dataset", lambda name, config, split: [{"text": f"{name} {config} {split}"}])
+    assert read_rows("org/set:part", "test") == [Row("", "org/set part test")]
+    assert read_rows("org/set") == [Row("", "org/set None train")]
+
+
+def test_shared_rows_are_refused_whatever_their_case_and_spacing():
+    check_disjoint([Row("a", " b")], [Row("a", " c")], ("training", "validation"))
+    with pytest.raises(DataError, match=r"1 row\(s\) are in both the training and the validation set"):
+        check_disjoint([Row("A  question", " Yes")], [Row("", "a question yes")], ("training", "validation"))
+
+
+def test_packed_windows_are_the_token_stream(rows, tokenizer):
+    windows = make_windows(rows, tokenizer, max_length=16, progress=False)
+    stream = [i for r in rows for i in (*tokenizer(r.prompt + r.completion)["input_ids"], tokenizer.eos_token_id)]
+    assert [i for w in windows["input_ids"] for i in w] == stream[: len(windows) * 16]
+    assert windows["labels"] == windows["input_ids"]
+    assert len(stream) - len(windows) * 16 < 16
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_completion_only_labels_spell_the_completions(rows, tokenizer, packing):
+    windows = make_windows(rows, tokenizer, 16 if packing else 200, packing, completion_only=True, progress=False)
+    learned = [i for w in windows["labels"] for i in w if i != IGNORED]
+    whole = "".join(f"{r.completion}</s>" for r in rows)
+    assert whole.startswith(tokenizer.decode(learned))
+    assert packing or tokenizer.decode(learned) == whole
+
+
+def test_a_long_row_loses_the_start_of_its_prompt_first():
+    tokenizer = tiny.tokenizer(bos=True)
+    row = Row(**tiny.row(3))
+    answer = [*tokenizer(row.completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    for length in (len(answer) + 4, len(answer) + 1):
+        (window,) = make_windows([row], tokenizer, length, packing=False, completion_only=True, progress=False)
+        assert len(window["input_ids"]) == length
+        assert window["input_ids"][0] == tokenizer.bos_token_id
+        assert [i for i in window["labels"] if i != IGNORED] == answer
+
+
+def test_too_little_text_is_an_error(rows, tokenizer):
+    with pytest.raises(DataError, match="do not fill one window of 4096 tokens"):
+        make_windows(rows, tokenizer, 4096, progress=False)
+
+
+def test_collator_pads_labels_with_ignored(rows, tokenizer):
+    windows = make_windows(rows, tokenizer, 200, packing=False, progress=False)
+    batch = collator(tokenizer)([windows[i] for i in range(4)])
+    lengths = [len(windows[i]["input_ids"]) for i in range(4)]
+    assert batch["attention_mask"].sum(dim=1).tolist() == lengths
+    assert (batch["labels"] != IGNORED).sum(dim=1).tolist() == lengths
+
+
+def test_json_escapes_survive(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "Naïve?\n", "completion": " “yes”"}))
+    assert read_rows(str(path)) == [Row("Naïve?\n", " “yes”")]
