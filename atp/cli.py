@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from huggingface_hub.utils import logging as hub_logging
+
 from atp.commands import evaluate, export, inspect, train
 from atp.errors import ATPError, ConfigError
 
@@ -32,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    hub_logging.set_verbosity_error()  # its retries would bury the one line that says what is wrong
     try:
         arguments, overrides = build_parser().parse_known_args(argv)
         if overrides and not getattr(arguments, "takes_overrides", False):

@@ -79,11 +79,13 @@ def _load(loader: Any, name: str, what: str, arguments: dict[str, Any]) -> Any:
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ModelError(f"{name}: no such folder: check the path")
     try:
-        return loader.from_pretrained(name, **arguments)
+        return loader.from_pretrained(name, trust_remote_code=False, **arguments)
     except ATPError:
         raise
     except Exception as error:  # loaders raise OSError, ValueError, KeyError, safetensors and hub errors alike
-        raise ModelError(f"{name}: the {what} cannot be loaded: {_first_line(error)}") from None
+        raise ModelError(
+            f"{name}: the {what} cannot be loaded, check the name and the network: {_first_line(error)}"
+        ) from None
 
 
 def _first_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ The live model is left bit for bit as it was. Not covered: DoRA or `lora_bias` o
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import TypeGuard
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -43,7 +44,7 @@ def compact_tensors(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tenso
     linears = {linear.path: linear for linear in space.linears}
     norms = {norm.path: norm for norm in space.norms}
     source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, own in _modules(lm, "", _rest_dtype(lm)):
         if path in linears:
             own = _sliced(own, indices(linears[path].rows), indices(linears[path].cols), source_scale.get(path, 1.0))
@@ -68,9 +69,7 @@ def _rms_ratio(axis: Axis, kept: Mapping[str, Tensor]) -> float:
     return math.sqrt(len(kept[axis.set]) * axis.units / len(axis.owner))
 
 
-def _sliced(
-    own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None, scale: float
-) -> dict[str, Tensor]:
+def _sliced(own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None, scale: float) -> dict[str, Tensor]:
     """A layer's weight and bias without pruned rows and columns, times `scale`."""
     result = {}
     for name, tensor in own.items():
@@ -106,11 +105,18 @@ def _modules(module: nn.Module, path: str, dtype: torch.dtype) -> Iterator[tuple
         yield path, _merged(module, path, dtype)
         return
     if _is_quantised(module):
-        yield path, _dequantised(module, dtype)
+        yield path, _dequantised(module, path, dtype)
         return
-    yield path, {name: tensor for name, tensor in module.state_dict().items() if "." not in name}
+    yield path, _own_tensors(module)
     for name, child in module.named_children():
         yield from _modules(child, f"{path}.{name}" if path else name, dtype)
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What `module` itself adds to a state dict; asking for `state_dict()` would make bitsandbytes repack weights."""
+    buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+    own = {name: buffer for name, buffer in buffers.items() if name not in module._non_persistent_buffers_set}
+    return own | dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
@@ -148,8 +154,8 @@ def _merged(layer: BaseTunerLayer, path: str, dtype: torch.dtype) -> dict[str, T
     return result
 
 
-def _merged_quantised(layer: BaseTunerLayer, base: nn.Module, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    own = _dequantised(base, torch.float32)
+def _merged_quantised(layer: BaseTunerLayer, base: nn.Linear, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    own = _dequantised(base, path, torch.float32)
     if layer.merged or layer.disable_adapters:
         return {name: tensor.to(dtype) for name, tensor in own.items()}
     active = [name for name in layer.active_adapters if name in layer.lora_A] if isinstance(layer, LoraLayer) else None
@@ -162,7 +168,7 @@ def _merged_quantised(layer: BaseTunerLayer, base: nn.Module, path: str, dtype: 
     return {name: tensor.to(dtype) for name, tensor in own.items()}
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def _is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a linear layer's weight is stored packed or as integers."""
     if not isinstance(module, nn.Linear):
         return False
@@ -170,6 +176,13 @@ def _is_quantised(module: nn.Module) -> bool:
     return tuple(module.weight.shape) != shape or not module.weight.is_floating_point()
 
 
-def _dequantised(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def _dequantised(module: nn.Linear, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise UnsupportedModelError(
+            f"{path}: bitsandbytes repacked this 4-bit weight for CPU inference and cannot undo it exactly: export "
+            "before any forward in evaluation mode, or on a GPU"
+        )
+    weight = module.weight
     own = {"weight": dequantize_module_weight(module).detach().to(dtype)}
+    module.weight = weight  # on the CPU, PEFT leaves a copy here that has lost its 8-bit state
     return own if module.bias is None else own | {"bias": module.bias.detach().to(dtype)}

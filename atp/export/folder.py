@@ -54,7 +54,7 @@ def export(
         raise ATPError("this model has no masks attached: train with ATPCallback or call atp.layers.attach first")
     decision = attachment.decision() if masks is None else {name: m.detach().cpu() for name, m in masks.items()}
     _check_decision(attachment.space, decision)
-    out = Path(out)
+    out = Path(out).absolute()
     if out.exists() and not overwrite:
         raise ATPError(f"{out} exists: choose another folder or pass overwrite=True")
     compact = compacted(causal_lm(model), attachment.space, decision)
@@ -81,8 +81,11 @@ def compacted(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) ->
 
 def _still_tied(compact: PreTrainedModel, tensors: Mapping[str, Tensor]) -> bool:
     """Whether merging adapters left head and embedding equal."""
-    weights = [tensors[name] for name, p in compact.named_parameters(remove_duplicate=False)
-               if p is compact.get_input_embeddings().weight]
+    weights = [
+        tensors[name]
+        for name, p in compact.named_parameters(remove_duplicate=False)
+        if p is compact.get_input_embeddings().weight
+    ]
     return all(torch.equal(weights[0], other) for other in weights[1:])
 
 

@@ -15,6 +15,8 @@ folder that no stock class can hold; `trust_remote_code=True` finds it there. Wh
         dimensions in its buffer `residual_in`, and adds to those in `residual_out`; the others get zeros.
 """
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -41,12 +43,12 @@ def _model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     name = f"{PREFIX}{stock.config_class.__name__}"
     config_class = globals()[name] if name in globals() else __getattr__(name)
 
-    def __init__(self, config: PreTrainedConfig) -> None:
+    def init(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         stock.__init__(self, config)
         resize(self, config.atp["blocks"])
 
     body = {
-        "__init__": __init__,
+        "__init__": init,
         "__module__": __name__,
         "_auto_class": "AutoModelForCausalLM",
         "config_class": config_class,
@@ -96,7 +98,7 @@ class _BlockConfig:
         return getattr(self._config, name)
 
 
-def _set_heads(attention: nn.Module, full: int, kept: int) -> None:
+def _set_heads(attention: Any, full: int, kept: int) -> None:
     """Head counts for attentions that split packed projections by them (Phi-3); others go by shapes."""
     heads = attention.config.num_attention_heads // full * kept
     attention.config = _BlockConfig(attention.config, {"num_attention_heads": heads, "num_key_value_heads": kept})
@@ -105,7 +107,7 @@ def _set_heads(attention: nn.Module, full: int, kept: int) -> None:
             setattr(attention, name, count)
 
 
-def _select_residual(module: nn.Module, read: int, written: int, hidden_size: int) -> None:
+def _select_residual(module: Any, read: int, written: int, hidden_size: int) -> None:
     device = next(module.parameters()).device
     module.register_buffer("residual_in", torch.arange(read, device=device))
     module.register_buffer("residual_out", torch.arange(written, device=device))
@@ -114,13 +116,13 @@ def _select_residual(module: nn.Module, read: int, written: int, hidden_size: in
     module.register_forward_hook(_scatter)
 
 
-def _gather(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _gather(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     if args:
         return (args[0].index_select(-1, module.residual_in), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": kwargs["hidden_states"].index_select(-1, module.residual_in)}
 
 
-def _scatter(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+def _scatter(module: Any, _args: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
     written = output[0] if isinstance(output, tuple) else output
     residual = written.new_zeros(*written.shape[:-1], module.residual_size)
     residual = residual.index_copy(-1, module.residual_out, written)

@@ -165,9 +165,7 @@ def _container(plan: dict[str, str]) -> str:
     return next(pattern.split(".*.")[0] for pattern in plan if ".*." in pattern)
 
 
-def _block(
-    lm: PreTrainedModel, index: int, path: str, plan: dict[str, str], container: str, hidden_size: int
-) -> Block:
+def _block(lm: PreTrainedModel, index: int, path: str, plan: dict[str, str], container: str, hidden_size: int) -> Block:
     layer = lm.get_submodule(path)
     readers: dict[str, list[Linear]] = {"attention": [], "mlp": []}
     writers: dict[str, Linear] = {}
@@ -198,7 +196,7 @@ def _block(
     return Block(
         index=index,
         path=path,
-        attention=_attention(lm, path, readers["attention"], writers["attention"], hidden_size),
+        attention=_attention(lm, readers["attention"], writers["attention"], hidden_size),
         mlp=_mlp(readers["mlp"], writers["mlp"], hidden_size),
     )
 
@@ -231,9 +229,7 @@ def _refuse_unplanned(layer: nn.Module, path: str, planned: set[str]) -> None:
         )
 
 
-def _attention(
-    lm: PreTrainedModel, block_path: str, readers: list[Linear], writer: Linear, hidden_size: int
-) -> Attention:
+def _attention(lm: PreTrainedModel, readers: list[Linear], writer: Linear, hidden_size: int) -> Attention:
     path = writer.path.rsplit(".", 1)[0]
     module = lm.get_submodule(path)
     packed = [part for reader in readers for part in reader.packs]

@@ -58,6 +58,7 @@ class DecisionLearner:
         """Put this optimizer step's hard masks in place; in `joint` mode backward will gather their gradients."""
         self.step = step
         if self.frozen:
+            self.metrics["churn"] = 0.0
             return
         if step >= self.schedule.freeze_step:
             self.freeze()

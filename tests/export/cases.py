@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from tests import families
 
 SPACES = {"width": ("width", False), "uniform": ("width", True), "disp": ("disp", False)}
 SPARSITY = 0.4
+FOLDERS = TemporaryDirectory(prefix="atp-test-")
+"""Removed when the process ends."""
 
 
 @dataclass(frozen=True)
@@ -51,5 +53,5 @@ def exported(family: str, space_name: str) -> Case:
     model = masked(families.with_lora(families.build(family)), space_name)
     attachment = attachment_of(model)
     expected = families.logits(model)
-    folder = export(model, Path(mkdtemp(prefix="atp-test-")) / "pruned")
+    folder = export(model, Path(FOLDERS.name) / family / space_name)
     return Case(attachment.space, attachment.decision(), expected, folder, load(folder).eval())

@@ -84,7 +84,8 @@ def test_the_exported_model_can_be_tuned_and_merged_again(family, space):
     batch = families.tokens()
     model(input_ids=batch, labels=batch).loss.backward()
     gradients = [p.grad for name, p in model.named_parameters() if "lora_" in name]
-    assert gradients and all(g is not None and g.isfinite().all() for g in gradients)
+    assert gradients
+    assert all(g is not None and g.isfinite().all() for g in gradients)
     tuned = families.logits(model.eval())
     merged = model.merge_and_unload()
     assert families.relative_error(families.logits(merged), tuned) <= 1e-5

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from atp.errors import ATPError, CheckpointError
@@ -43,8 +44,6 @@ for folder in sys.argv[2:]:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models
-
     words = {f"w{i}": i for i in range(families.VOCABULARY)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0")
 
@@ -197,8 +196,6 @@ def test_missing_weights_are_said(tmp_path):
 @pytest.mark.parametrize("space", ["uniform", "disp"])
 @pytest.mark.parametrize("lost", ["q_proj.weight", "residual_in"])
 def test_a_missing_tensor_is_named(space, lost, tmp_path):
-    from safetensors.torch import load_file
-
     out = export(masked(families.build("llama"), space), tmp_path / "out")
     tensors = load_file(out / "model.safetensors")
     dropped = [name for name in tensors if name.endswith(lost)]

@@ -13,6 +13,7 @@ from atp.errors import ConfigError, UnsupportedModelError
 from atp.structure.discovery import discover
 from atp.structure.space import build_space, default_round_to
 from tests import families
+from tests.export.cases import exported
 
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
 every_space = pytest.mark.parametrize("space_name", ["width", "disp"])
@@ -98,8 +99,16 @@ def test_transposed_weights_are_refused_by_name():
 
 
 def test_families_without_a_plan_are_refused():
-    model = _tiny("OPT", vocab_size=97, hidden_size=48, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-                  max_position_embeddings=64, word_embed_proj_dim=48)
+    model = _tiny(
+        "OPT",
+        vocab_size=97,
+        hidden_size=48,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=48,
+    )
     with pytest.raises(UnsupportedModelError, match="opt.*base_model_tp_plan"):
         discover(model)
 
@@ -132,7 +141,5 @@ def test_other_modules_are_refused():
 
 @pytest.mark.parametrize("space", ["width", "uniform", "disp"])
 def test_an_exported_model_is_refused(space):
-    from tests.export.cases import exported
-
     with pytest.raises(UnsupportedModelError, match="already pruned"):
         discover(exported("llama", space).loaded)

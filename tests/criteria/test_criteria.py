@@ -1,0 +1,85 @@
+"""Criteria and rankings. Oracles: the formulas as loops in float64; finite differences of the loss for Taylor."""
+
+import pytest
+import torch
+
+from atp.criteria import scores
+from atp.criteria.ranking import default_protect, rank, starting_logits
+from atp.layers import attach
+from atp.structure.budget import project
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+from tests import tiny
+
+IDS = torch.randint(2, 384, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+def parts(name: str) -> tuple:
+    model = tiny.model().eval()
+    space = build_space(discover(model), name, round_to=1)
+    modules = {linear.path: model.get_submodule(linear.path) for linear in space.linears}
+    return model, space, modules
+
+
+def test_activation_weights_each_column_by_its_inputs_norm() -> None:
+    model, space, modules = parts("width")
+    inputs = {}
+    writer = modules["model.layers.1.mlp.down_proj"]
+    writer.register_forward_pre_hook(lambda m, args: inputs.update(x=args[0].double()))
+    got = scores.activation(space, modules, lambda ids: model(input_ids=ids), [IDS])
+    x = inputs["x"].flatten(0, 1)
+    for channel in (0, 7, 47):
+        wanted = writer.weight[:, channel].double().abs().sum() * x[:, channel].norm()
+        assert got["1.mlp"][channel].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_disp_scores_rows_of_writers_and_columns_of_readers() -> None:
+    _, space, modules = parts("disp")
+    got = scores.magnitude(space, modules)
+    reader = sum(modules[f"model.layers.2.mlp.{n}_proj"].weight.abs().sum(0) for n in ("gate", "up"))
+    torch.testing.assert_close(got["2.mlp_in"], reader.detach())
+    writer = modules["model.layers.2.self_attn.o_proj"].weight.abs().sum(1)
+    torch.testing.assert_close(got["2.attention_out"], writer.detach())
+
+
+def test_taylor_is_the_slope_of_the_loss() -> None:
+    model, space, _ = parts("width")
+    attachment = attach(model, space)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    got = scores.taylor(space, attachment.masks, loss, [IDS])
+    for name, group in (("0.kv", 1), ("3.mlp", 5)):
+        ends = []
+        for value in (0.95, 1.05):
+            attachment.masks[name][group] = value
+            ends.append(loss(IDS).item())
+        attachment.masks[name][group] = 1.0
+        slope = abs(ends[1] - ends[0]) / 0.1
+        assert got[name][group].item() == pytest.approx(slope, rel=2e-2)
+
+
+def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> None:
+    _, space, modules = parts("width")
+    raw = scores.magnitude(space, modules)
+    masks = project(rank(raw, space, "block", (1, 1)), space, 0.25)
+    kept = {s.name: masks[s.name].mean().item() for s in space.sets if s.kind == "mlp"}
+    assert kept["0.mlp"] == kept["3.mlp"] == 1.0
+    assert abs(kept["1.mlp"] - kept["2.mlp"]) <= 1 / 48
+    best = raw["1.mlp"].topk(int(masks["1.mlp"].sum())).indices
+    assert masks["1.mlp"][best].all(), "each block keeps its own best"
+    assert default_protect(30) == (3, 1)
+
+
+@pytest.mark.parametrize("how", ["block", "global"])
+@pytest.mark.parametrize("name", ["width", "disp"])
+def test_starting_logits_reproduce_the_decision(name: str, how: str) -> None:
+    _, space, modules = parts(name)
+    ranked = rank(scores.magnitude(space, modules), space, how, None)
+    decision = project(ranked, space, 0.4)
+    logits = starting_logits(ranked, decision, 1.5)
+    again = project(logits, space, 0.4)
+    assert all(torch.equal(decision[k], again[k]) for k in decision)
+    positive = sum((z > 0).sum().item() for z in logits.values())
+    assert abs(positive - sum(m.sum().item() for m in decision.values())) <= len(space.sets), "ties at the edge"

@@ -1,0 +1,367 @@
+"""The callback in an unmodified Trainer. Oracles: the same run done another way (habit 4), and the exported folder."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
+
+from atp import ATPCallback
+from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
+from atp.layers import attach, attachment_of
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+from tests import runs
+
+WAYS = [("joint", "width"), ("joint", "disp"), ("alternating", "width"), ("alternating", "disp")]
+
+
+def decision(run: Any) -> dict[str, torch.Tensor]:
+    return runs.callback_of(run).learner.attachment.decision()
+
+
+@pytest.mark.parametrize(("mode", "space"), WAYS)
+def test_run_leaves_a_smaller_model_that_computes_what_the_masked_one_did(
+    tmp_path: Path, mode: str, space: str
+) -> None:
+    run = runs.trainer(tmp_path, runs.config(mode=mode, space=space))
+    run.train()
+    summary = runs.callback_of(run).summary()
+    assert summary["frozen_at_step"] == 6
+    assert 0 <= summary["sparsity"] - 0.4 <= 0.02
+    ids = torch.randint(2, 384, (2, 9))
+    run.model.eval()
+    with torch.no_grad():
+        masked = run.model(input_ids=ids).logits
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")(input_ids=ids).logits
+    assert (pruned - masked).norm() / masked.norm() <= 1e-5
+    assert sorted(p.name for p in (tmp_path / "final").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "atp",
+    ]
+
+
+@pytest.mark.parametrize(("mode", "space"), WAYS)
+def test_resumed_equals_uninterrupted(tmp_path: Path, mode: str, space: str) -> None:
+    """Cut before, at and after the freeze (step 6 of 10), with dropout and accumulation."""
+    settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
+    cfg = runs.config(mode=mode, space=space)
+    whole = runs.trainer(tmp_path / "whole", cfg, model=runs.peft_model(dropout=0.1), **settings)
+    whole.train()
+    for cut in (1, 4, 6, 8):
+        folder = tmp_path / f"cut-{cut}"
+        folder.mkdir()
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", folder / f"checkpoint-{cut}")
+        torch.manual_seed(999)
+        resumed = runs.trainer(folder, cfg, model=runs.peft_model(dropout=0.1), **settings)
+        resumed.train(resume_from_checkpoint=True)
+        assert runs.same(runs.adapter(resumed), runs.adapter(whole)), f"adapter differs after a cut at {cut}"
+        assert runs.same(decision(resumed), decision(whole)), f"decision differs after a cut at {cut}"
+
+
+@pytest.mark.parametrize("mode", ["joint", "alternating"])
+def test_accumulation_4x2_equals_1x8(tmp_path: Path, mode: str) -> None:
+    cfg = runs.config(mode=mode, calibration_rows=8)
+    one = runs.trainer(tmp_path / "a", cfg, per_device_train_batch_size=8)
+    one.train()
+    four = runs.trainer(tmp_path / "b", cfg, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    four.train()
+    assert runs.same(decision(one), decision(four))
+    assert runs.worst(runs.adapter(four), runs.adapter(one)) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # its name until 5.22
+@pytest.mark.parametrize("mode", ["joint", "alternating"])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str) -> None:
+    cfg = runs.config(mode=mode)
+    plain = runs.trainer(tmp_path / "a", cfg)
+    plain.train()
+    checkpointed = runs.trainer(tmp_path / "b", cfg, gradient_checkpointing=True)
+    checkpointed.train()
+    assert runs.same(decision(plain), decision(checkpointed))
+    assert runs.worst(runs.adapter(checkpointed), runs.adapter(plain)) < 1e-3
+
+
+def test_evaluating_and_logging_leave_the_run_bitwise_as_it_was(tmp_path: Path) -> None:
+    """No dropout here: torch's evaluation loader itself draws one global random number."""
+    quiet = runs.trainer(tmp_path / "a", runs.config(), logging_strategy="no")
+    quiet.train()
+    watched = runs.trainer(
+        tmp_path / "b",
+        runs.config(),
+        evaluation=runs.dataset(8, seed=7),
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    watched.train()
+    assert runs.same(runs.adapter(quiet), runs.adapter(watched))
+    assert runs.same(decision(quiet), decision(watched))
+
+
+def test_callback_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    """The last random number a run draws is the same with and without us: data order and dropout are untouched."""
+    draws = []
+    for atp in (None, runs.config(mode="alternating")):
+        run = runs.trainer(tmp_path, atp, model=runs.peft_model(dropout=0.1))
+        run.train()
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
+
+
+class Seen(TrainerCallback):
+    """Collects the rows that reach the model."""
+
+    def __init__(self) -> None:
+        self.rows: set[tuple[int, ...]] = set()
+
+    def watch(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.rows |= {tuple(row) for row in kwargs["input_ids"].tolist()}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            model.register_forward_pre_hook(self.watch, with_kwargs=True)
+
+
+def test_held_out_rows_never_reach_lora(tmp_path: Path) -> None:
+    """Three whole epochs see every row but the held-out ones, in as many steps as without us."""
+    seen, data = Seen(), runs.dataset(60)
+    run = runs.trainer(
+        tmp_path, runs.config(calibration_rows=6), train=data, callbacks=(seen,), max_steps=-1, num_train_epochs=3
+    )
+    run.train()
+    calibration = runs.callback_of(run)._calibration
+    assert calibration is not None
+    held = {tuple(row["input_ids"]) for row in calibration._rows}
+    assert len(held) == 6
+    assert seen.rows == {tuple(row) for row in data["input_ids"]} - held
+    assert run.state.global_step == 3 * 15
+
+
+def test_metrics_reach_the_log_and_trackers_that_log_first(tmp_path: Path) -> None:
+    class Tracker(TrainerCallback):
+        def __init__(self) -> None:
+            self.logs: list[dict[str, float]] = []
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            self.logs.append(dict(logs))
+
+    tracker = Tracker()
+    run = runs.trainer(tmp_path, runs.config())
+    run.callback_handler.callbacks.insert(1, tracker)  # where TensorBoard's callback stands: before the user's
+    run.train()
+    wanted = {"sparsity", "churn", "temperature", "kept_kv", "kept_mlp", "budget_loss", "frozen"}
+    for logs in (tracker.logs, run.state.log_history):
+        trained = [entry for entry in logs if "loss" in entry]
+        assert len(trained) == runs.STEPS
+        assert all({f"atp/{name}" for name in wanted} <= entry.keys() for entry in trained)
+        assert trained[-1]["atp/frozen"] == 1.0
+
+
+def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = runs.trainer(tmp_path, runs.config(), report_to="tensorboard")
+    run.train()
+    events = [p.parent for p in tmp_path.rglob("events.out.tfevents*")]
+    read = EventAccumulator(str(events[0]))
+    read.Reload()
+    assert "train/atp/sparsity" in read.Tags()["scalars"]
+
+
+def test_early_stopping_and_best_model(tmp_path: Path) -> None:
+    """The best checkpoint lies before the freeze: its decision comes back, frozen on budget, and is exported."""
+    run = runs.trainer(
+        tmp_path,
+        runs.config(freeze_at=1.0),
+        evaluation=runs.dataset(8, seed=7),
+        callbacks=(EarlyStoppingCallback(early_stopping_patience=1),),
+        greater_is_better=True,  # the loss falls, so the first evaluation stays the best
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+    )
+    run.train()
+    assert run.state.global_step == 4
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    learner = runs.callback_of(run).learner
+    assert learner.step == 1
+    assert abs(learner.space.sparsity(decision(run)) - 0.4) < 0.02
+    assert (tmp_path / "pruned" / "config.json").exists()
+
+
+def test_bf16_autocast_and_torch_compile(tmp_path: Path) -> None:
+    plain = runs.trainer(tmp_path / "a", runs.config(), max_steps=4)
+    plain.train()
+    compiled = runs.trainer(
+        tmp_path / "b", runs.config(), max_steps=4, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    compiled.train()
+    assert runs.worst(runs.adapter(compiled), runs.adapter(plain)) < 1e-3
+    half = runs.trainer(tmp_path / "c", runs.config(), bf16=True)
+    half.train()
+    assert all(p.dtype == torch.float32 for p in runs.callback_of(half).learner.generator.parameters())
+    assert math.isfinite(half.state.log_history[-2]["loss"])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it
+def test_unmodified_sft_trainer(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    from tests import tiny
+
+    arguments = {"use_cpu": True, "max_steps": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
+    for name, changes in (("plain", {}), ("packed", {"packing": True, "max_length": 24})):
+        callback = ATPCallback(runs.config(calibration_batch_size=1, mode="alternating"))
+        trainer = trl.SFTTrainer(
+            model=runs.peft_model(),
+            args=trl.SFTConfig(
+                output_dir=str(tmp_path / name), per_device_train_batch_size=2, disable_tqdm=True, **arguments, **changes
+            ),
+            train_dataset=Dataset.from_list([tiny.row(i) for i in range(80)]),
+            processing_class=tiny.tokenizer(),
+            callbacks=[callback],
+        )
+        trainer.train()
+        assert callback.learner.frozen
+        assert any("atp/sparsity" in entry for entry in trainer.state.log_history)
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "pruned")
+        assert (tmp_path / name / "pruned" / "tokenizer.json").exists()
+
+
+def test_train_begin_may_fire_twice(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config())
+    set_seed(0)
+    run.train()
+    first = runs.adapter(run), decision(run)
+    model = runs.peft_model()
+    run.model = run.model_wrapped = run.callback_handler.model = model
+    run.optimizer = run.lr_scheduler = None
+    set_seed(0)
+    run.train()
+    assert runs.same(runs.adapter(run), first[0])
+    assert runs.same(decision(run), first[1])
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "make"),
+    [
+        (UnsupportedModelError, "has no LoRA", lambda f: runs.trainer(f, runs.config(), model=runs.tiny.model())),
+        (
+            UnsupportedModelError,
+            "on none of the linear layers",
+            lambda f: runs.trainer(f, runs.config(), model=runs.peft_model(target_modules=["lm_head"])),
+        ),
+        (BudgetError, "cannot be reached", lambda f: runs.trainer(f, runs.config(sparsity=0.99))),
+        (ATPError, "round_to=4096 is larger", lambda f: runs.trainer(f, runs.config(round_to=4096))),
+        (CalibrationError, "too few to hold out", lambda f: runs.trainer(f, runs.config(), train=runs.dataset(20))),
+        (
+            CalibrationError,
+            "fewer than calibration_batch_size",
+            lambda f: runs.trainer(f, ATPCallback(runs.config(), calibration_dataset=runs.dataset(0))),
+        ),
+        (
+            CalibrationError,
+            "is also a calibration row",
+            lambda f: runs.trainer(
+                f,
+                ATPCallback(runs.config(), calibration_dataset=runs.dataset(8, seed=5)),
+                evaluation=runs.dataset(8, seed=5),
+                eval_strategy="steps",
+                eval_steps=2,
+            ),
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path: Path, error: type[Exception], words: str, make: Any) -> None:
+    with pytest.raises(error, match=words) as raised:
+        make(tmp_path).train()
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_already_attached_is_refused(tmp_path: Path) -> None:
+    model = runs.peft_model()
+    attach(model, build_space(discover(model), "width"))
+    with pytest.raises(UnsupportedModelError, match="already attached"):
+        runs.trainer(tmp_path, runs.config(), model=model).train()
+
+
+def test_failed_start_leaves_the_model_untouched(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config(), train=runs.dataset(20))
+    with pytest.raises(CalibrationError):
+        run.train()
+    assert attachment_of(run.model) is None
+
+
+def test_resume_is_refused_with_another_config_world_size_or_damage(tmp_path: Path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": 3}
+    runs.trainer(tmp_path, runs.config(), **arguments).train()
+    shutil.rmtree(tmp_path / "checkpoint-9")
+    shutil.rmtree(tmp_path / "checkpoint-10", ignore_errors=True)
+
+    def resume(**changes: Any) -> None:
+        runs.trainer(tmp_path, runs.config(**changes), **arguments).train(resume_from_checkpoint=True)
+
+    with pytest.raises(CheckpointError, match=r"another ATPConfig \(sparsity: 0.4 -> 0.5\)"):
+        resume(sparsity=0.5)
+    state = tmp_path / "checkpoint-6" / "atp" / "state.json"
+    values = json.loads(state.read_text())
+    state.write_text(json.dumps(values | {"world_size": 4}))
+    with pytest.raises(CheckpointError, match="4 processes"):
+        resume()
+    state.write_text(json.dumps(values)[:40])
+    with pytest.raises(CheckpointError, match=r"damaged .* resume from .*checkpoint-3"):
+        resume()
+    tensors = state.with_name("state.safetensors")
+    state.write_text(json.dumps(values))
+    tensors.write_bytes(tensors.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        resume()
+    shutil.rmtree(state.parent)
+    with pytest.raises(CheckpointError, match=r"no saved pruning state here: resume from .*checkpoint-3"):
+        resume()
+
+
+def test_nan_stops_before_it_is_applied(tmp_path: Path) -> None:
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 5:
+                model.get_input_embeddings().weight.data[:] = float("nan")
+
+    run = runs.trainer(tmp_path, runs.config(), callbacks=(Poison(),), save_strategy="steps", save_steps=2)
+    with pytest.raises(DivergedError, match=r"at step 5: nothing was applied .*checkpoint-4"):
+        run.train()
+    assert all(weight.isfinite().all() for weight in runs.adapter(run).values())
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import atp.training.state as state
+
+    real = state.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "checkpoint-4" in str(path):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(state, "save_file", full)
+    run = runs.trainer(tmp_path, runs.config(), save_strategy="steps", save_steps=2)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run.train()
+    assert {p.name for p in (tmp_path / "checkpoint-4").iterdir() if "atp" in p.name} == set()
+    assert (tmp_path / "checkpoint-2" / "atp" / "state.json").exists()

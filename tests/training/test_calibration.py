@@ -1,0 +1,57 @@
+"""Calibration rows: what is held out, what is refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from atp.errors import CalibrationError
+from atp.training.calibration import Calibration, check_disjoint, hold_out, row_hash
+from tests import runs
+
+
+def test_holding_out_keeps_the_length_and_every_other_row() -> None:
+    loader = DataLoader(range(50), batch_size=5, sampler=RandomSampler(range(50)))
+    held = hold_out(loader, rows=4, batch_size=4, seed=3)
+    seen = torch.cat(list(loader)).tolist()
+    assert len(seen) == 50
+    assert set(seen) == set(range(50)) - set(held)
+    assert hold_out(loader, rows=4, batch_size=4, seed=3) == held, "twice is once"
+    assert len(torch.cat(list(loader))) == 50
+
+
+def test_at_most_a_tenth_is_held_out() -> None:
+    assert len(hold_out(DataLoader(range(100), batch_size=5), rows=64, batch_size=4, seed=0)) == 10
+
+
+def test_streams_and_tiny_sets_are_refused() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+    with pytest.raises(CalibrationError, match="streaming"):
+        hold_out(DataLoader(Stream()), 4, 4, 0)
+    with pytest.raises(CalibrationError, match="too few"):
+        hold_out(DataLoader(range(10)), 4, 4, 0)
+
+
+def test_batches_wrap_around_and_need_labels() -> None:
+    rows = list(runs.dataset(6))
+
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        return {k: torch.tensor([row[k] for row in batch]) for k in ("input_ids", "labels")}
+
+    calibration = Calibration(rows, collate, 4)
+    assert calibration.batch(1)["input_ids"][2].tolist() == rows[0]["input_ids"]
+    assert len(list(calibration)) == 1
+    with pytest.raises(CalibrationError, match="no labels"):
+        Calibration(rows, lambda batch: {"input_ids": torch.tensor([row["input_ids"] for row in batch])}, 4)
+
+
+def test_rows_are_known_by_their_tokens() -> None:
+    row = {"input_ids": [3, 4], "labels": [3, 4]}
+    assert row_hash(row) == row_hash({"input_ids": torch.tensor([3, 4]), "extra": 1})
+    check_disjoint({row_hash(row)}, [{"input_ids": [4, 3]}])
+    with pytest.raises(CalibrationError, match="evaluation row 1"):
+        check_disjoint({row_hash(row)}, [{"input_ids": [4, 3]}, row])

@@ -1,0 +1,105 @@
+"""The learner. Oracle: autograd straight through real masks, against the gradient gathered at mask leaves."""
+
+import pytest
+import torch
+
+from atp.generator.sampling import add_noise, soften, straight_through, threshold
+from atp.layers import attach
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+from atp.training.learner import DecisionLearner
+from atp.training.losses import budget_loss
+from atp.training.schedule import Schedule
+from tests import runs
+
+
+def learner(**changes: object) -> DecisionLearner:
+    model = runs.peft_model()
+    config = runs.config(init="ones", **changes)
+    space = build_space(discover(model), config.space, round_to=1)
+    return DecisionLearner(config, attach(model, space), Schedule.of(config, 20), None)
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_update_is_the_straight_through_gradient(space: str) -> None:
+    made = learner(space=space, on_budget=False, budget_ramp=0.0, logit_bias=0.2)
+    weights = {s.name: torch.randn(s.size) for s in made.space.sets}
+
+    def loss(masks: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(((masks[k] * w).sum() + 0.3).square() for k, w in weights.items())
+
+    state = made._random.get_state()
+    noisy = add_noise(made.generator(), made.schedule.noise(0), made._random)
+    hard, soft = threshold(noisy), soften(noisy, 0.4)
+    masks = straight_through(hard, soft)
+    wanted = loss(masks) + made.config.budget_weight * budget_loss(masks, made.space, 0.4)
+    wanted.backward()
+    expected = {k: p.grad.clone() for k, p in made.generator.named_parameters() if p.grad is not None}
+    made.generator.zero_grad()
+
+    made._random.set_state(state)
+    made.begin_step(0)
+    assert all(torch.equal(made.attachment.masks[k], hard[k]) for k in hard)
+    loss(made.attachment.masks).backward()
+    made.update_from_step()
+    for name, parameter in made.generator.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_alternating_takes_its_gradient_under_soft_masks_and_leaves_lora_without_any() -> None:
+    made = learner(mode="alternating", logit_bias=0.0)
+    seen = []
+
+    def loss() -> torch.Tensor:
+        seen.append({k: v.detach().clone() for k, v in made.attachment.masks.items()})
+        return sum(m.sum() for m in made.attachment.masks.values())
+
+    made.alternate(loss)
+    values = torch.cat(list(seen[0].values()))
+    assert ((values > 0) & (values < 1)).all()
+    made.begin_step(0)
+    assert all(set(m.unique().tolist()) <= {0.0, 1.0} for m in made.attachment.masks.values())
+    assert not any(m.requires_grad for m in made.attachment.masks.values())
+
+
+def test_every_hard_decision_is_on_budget_and_freezing_drops_the_noise() -> None:
+    made = learner(budget_ramp=0.0, logit_bias=0.0)
+    for step in range(12):
+        made.begin_step(step)
+        assert 0 <= made.space.sparsity(made.attachment.masks) - 0.4 <= 0.02
+    assert not made.frozen
+    made.begin_step(12)
+    first = made.attachment.decision()
+    made.begin_step(13)
+    assert made.frozen_at == 12
+    assert runs.same(first, made.attachment.decision())
+
+
+def test_budget_ramps_up_only_from_all_ones() -> None:
+    schedule = Schedule.of(runs.config(init="ones", budget_ramp=0.5, freeze_at=0.5), 40)
+    sparsities = [schedule.sparsity(step) for step in range(20)]
+    assert sparsities == sorted(sparsities)
+    assert 0 < sparsities[0] < 0.05
+    assert sparsities[10:] == [0.4] * 10
+    assert Schedule.of(runs.config(), 40).sparsity(0) == 0.4
+
+
+def test_budget_loss_is_the_papers() -> None:
+    made = learner()
+    full = made.space.full()
+    assert budget_loss(full, made.space, 0.4).item() == pytest.approx(-torch.log(torch.tensor(0.6)).item())
+    half = {k: m * 0.5 for k, m in full.items()}
+    share = made.space.kept_parameters(made.space.kept_counts(half)).item() / made.space.prunable_parameters
+    assert budget_loss(half, made.space, 0.1).item() == pytest.approx(abs(torch.log(torch.tensor(share / 0.9)).item()))
+
+
+def test_noise_is_centred_private_and_reproducible() -> None:
+    logits = {"a": torch.zeros(200_000)}
+    before = torch.get_rng_state()
+    first = add_noise(logits, 1.0, torch.Generator().manual_seed(0))["a"]
+    again = add_noise(logits, 1.0, torch.Generator().manual_seed(0))["a"]
+    assert torch.equal(first, again)
+    assert torch.equal(before, torch.get_rng_state())
+    assert abs(first.mean().item()) < 0.02
+    assert first.std().item() == pytest.approx(torch.pi / 6**0.5, rel=0.02)
