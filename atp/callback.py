@@ -7,10 +7,9 @@ unmodified `Trainer` and an unmodified TRL `SFTTrainer`.
 """
 
 import logging
-import os
-import shutil
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from atp.criteria import scores
 from atp.criteria.ranking import rank, starting_logits
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
 from atp.export import export
+from atp.files import written_beside
 from atp.layers import Attachment, attach, attachment_of, detach
 from atp.structure.budget import project, target_parameters
 from atp.structure.discovery import discover
@@ -36,7 +36,7 @@ from atp.training.calibration import Calibration, check_disjoint, hold_out
 from atp.training.learner import DecisionLearner
 from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
-from atp.training.state import FOLDER, load_state, replace_folder, save_state
+from atp.training.state import FOLDER, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +92,7 @@ class ATPCallback(TrainerCallback):
 
     # -- Trainer events, in the order in which they fire ------------------------------------------------------------
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Reach trackers, which log before user callbacks do."""
         self._feed_trackers()
 
@@ -274,8 +272,8 @@ class ATPCallback(TrainerCallback):
             return scores.magnitude(space, self._modules)
         assert self._calibration is not None
         if self.config.init == "activation":
-            return scores.activation(space, self._modules, lambda batch: self._loss(model, batch), self._calibration)
-        return scores.taylor(space, attachment.masks, lambda batch: self._loss(model, batch), self._calibration)
+            return scores.activation(space, self._modules, partial(self._loss, model), self._calibration)
+        return scores.taylor(space, attachment.masks, partial(self._loss, model), self._calibration)
 
     def _batch(self, index: int) -> Mapping[str, Any]:
         assert self._calibration is not None
@@ -331,17 +329,11 @@ class ATPCallback(TrainerCallback):
             )
         return tensors, values
 
-    def _write_final(self, args: TrainingArguments, model: nn.Module) -> None:
+    def _write_final(self, args: TrainingArguments, model: PeftModel) -> None:
         folder = Path(args.output_dir) / "final"
-        beside = folder.with_name(f".final.{os.getpid()}")
-        try:
+        with written_beside(folder) as beside:
             model.save_pretrained(beside)
             save_state(beside / FOLDER, *self._saved(args))
-            replace_folder(beside, folder)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be written ({error}): free some space") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
 
 
 class _LogFeeder(TrainerCallback):

@@ -3,9 +3,9 @@
     python benchmarks/quality.py --data ../shared/data --arms dense,two-stage,atp --seeds 0,1,2
 
 The setting: PubMedQA + HQS training text packed into 256 tokens, 150 steps of 2 x 256 tokens, LoRA r 16 on all linears
-at 5e-4 cosine, bf16 autocast, 40 % of `width`; perplexity on 96 windows spread evenly over the PubMedQA test text. Every arm runs the same code
-and sees the same tokens in the same order; only the decision differs. Each run is a process of its own and adds one
-line to `--out`; finished runs are not repeated.
+at 5e-4 cosine, bf16 autocast, 40 % of `width`; perplexity on 96 windows spread evenly over the PubMedQA test text.
+Every arm runs the same code and sees the same tokens in the same order; only the decision differs. Each run is a
+process of its own and adds one line to `--out`; finished runs are not repeated.
 """
 
 import argparse

@@ -16,7 +16,8 @@ from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError,
 from atp.layers import attach, attachment_of
 from atp.structure.discovery import discover
 from atp.structure.space import build_space
-from tests import runs
+from atp.training import state
+from tests import runs, tiny
 
 WAYS = [("joint", "width"), ("joint", "disp"), ("alternating", "width"), ("alternating", "disp")]
 
@@ -166,13 +167,11 @@ def test_metrics_reach_the_log_and_trackers_that_log_first(tmp_path: Path) -> No
 
 
 def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = runs.trainer(tmp_path, runs.config(), report_to="tensorboard")
     run.train()
     events = [p.parent for p in tmp_path.rglob("events.out.tfevents*")]
-    read = EventAccumulator(str(events[0]))
+    read = accumulator.EventAccumulator(str(events[0]))
     read.Reload()
     assert "train/atp/sparsity" in read.Tags()["scalars"]
 
@@ -217,15 +216,17 @@ def test_bf16_autocast_and_torch_compile(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it
 def test_unmodified_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    from tests import tiny
-
     arguments = {"use_cpu": True, "max_steps": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
     for name, changes in (("plain", {}), ("packed", {"packing": True, "max_length": 24})):
         callback = ATPCallback(runs.config(calibration_batch_size=1, mode="alternating"))
         trainer = trl.SFTTrainer(
             model=runs.peft_model(),
             args=trl.SFTConfig(
-                output_dir=str(tmp_path / name), per_device_train_batch_size=2, disable_tqdm=True, **arguments, **changes
+                output_dir=str(tmp_path / name),
+                per_device_train_batch_size=2,
+                disable_tqdm=True,
+                **arguments,
+                **changes,
             ),
             train_dataset=Dataset.from_list([tiny.row(i) for i in range(80)]),
             processing_class=tiny.tokenizer(),
@@ -258,7 +259,7 @@ def test_train_begin_may_fire_twice(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "words", "make"),
     [
-        (UnsupportedModelError, "has no LoRA", lambda f: runs.trainer(f, runs.config(), model=runs.tiny.model())),
+        (UnsupportedModelError, "has no LoRA", lambda f: runs.trainer(f, runs.config(), model=tiny.model())),
         (
             UnsupportedModelError,
             "on none of the linear layers",
@@ -349,8 +350,6 @@ def test_nan_stops_before_it_is_applied(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import atp.training.state as state
-
     real = state.save_file
 
     def full(tensors: Any, path: Path) -> None:

@@ -10,6 +10,7 @@ rows of the layer that writes it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -28,12 +29,14 @@ def magnitude(space: Space, modules: Modules) -> dict[str, Tensor]:
     return _weighted(space, modules, ones)
 
 
-def activation(space: Space, modules: Modules, forward: Callable[[object], object], batches: Iterable) -> dict:
+def activation(
+    space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]
+) -> dict[str, Tensor]:
     """Activation-weighted magnitude; `forward(batch)` runs the model once."""
     squares = {linear.path: torch.zeros(linear.in_features) for linear in space.linears}
 
     def watch(path: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2).float()
             squares[path] += x.square().sum(dim=0).cpu()
 
@@ -51,7 +54,7 @@ def activation(space: Space, modules: Modules, forward: Callable[[object], objec
 
 
 def taylor(
-    space: Space, masks: Mapping[str, Tensor], loss: Callable[[object], Tensor], batches: Iterable
+    space: Space, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
     """First-order Taylor; `masks` are the model's live mask leaves, all ones, `loss(batch)` a scalar under them."""
     names = [s.name for s in space.sets]
@@ -90,5 +93,3 @@ def _weighted(space: Space, modules: Modules, norms: Mapping[str, Tensor]) -> di
 
 def _weight(module: nn.Module) -> Tensor:
     return dequantize_module_weight(base_layer(module)).detach().float().cpu()
-
-

@@ -4,20 +4,17 @@ Everything is written beside the destination and renamed into place at the end. 
 """
 
 import copy
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from atp.errors import ATPError, CheckpointError
+from atp.errors import ATPError
 from atp.export.compaction import compact_tensors
 from atp.export.layout import empty_model
+from atp.files import written_beside
 from atp.layers import attachment_of
 from atp.structure.live import causal_lm
 from atp.structure.space import Space
@@ -98,41 +95,3 @@ def _check_decision(space: Space, masks: Mapping[str, Tensor]) -> None:
             raise ATPError(
                 f"masks[{group_set.name!r}] must hold zeros and at least one one: only hard decisions are exported"
             )
-
-
-@contextmanager
-def written_beside(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
-
-    Raises:
-        CheckpointError: for any `OSError` inside the block or while renaming.
-    """
-    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        if out.exists():
-            out.rename(aside)
-        _take_place(fresh, out, aside)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{out} could not be written ({_one_line(error)}): nothing was changed; free some space or choose "
-            "another folder"
-        ) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _take_place(fresh: Path, out: Path, aside: Path) -> None:
-    try:
-        fresh.rename(out)
-    except OSError:
-        if aside.exists():
-            aside.rename(out)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -33,10 +33,7 @@ class DecisionGenerator(nn.Module):
             )
             self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
             self.norm = nn.LayerNorm(hidden_size)
-            self.heads = nn.ModuleDict({_head(s): nn.Linear(hidden_size, s.size) for s in space.sets})
-            for head in self.heads.values():
-                nn.init.normal_(head.weight, std=1e-3)
-                nn.init.zeros_(head.bias)
+            self.heads = nn.ModuleDict({_head(s): _small_linear(hidden_size, s.size) for s in space.sets})
         self.start = nn.ParameterDict({_key(s): nn.Parameter(torch.zeros(s.size), False) for s in space.sets})
 
     def set_start(self, logits: dict[str, Tensor]) -> None:
@@ -50,6 +47,14 @@ class DecisionGenerator(nn.Module):
         states = self.norm(self.encoder(self.blocks.unsqueeze(0)).squeeze(0))
         emitted = {name: head(states) for name, head in self.heads.items()}
         return {s.name: emitted[_head(s)][s.block] + self.start[_key(s)] for s in self._sets}
+
+
+def _small_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A projection that hardly moves the start before it is trained."""
+    linear = nn.Linear(in_features, out_features)
+    nn.init.normal_(linear.weight, std=1e-3)
+    nn.init.zeros_(linear.bias)
+    return linear
 
 
 def _head(group_set: GroupSet) -> str:

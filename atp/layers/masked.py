@@ -45,7 +45,7 @@ class LinearMasks:
 def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
     """Make `module` multiply its inputs and outputs by `masks` from now on."""
     object.__setattr__(module, _SLOT, masks)
-    module.__class__ = _masked_class(type(module))
+    module.__class__ = _masked_class(type(module))  # type: ignore[arg-type]  # classes do hash
 
 
 def unmask_linear(module: nn.Module) -> None:

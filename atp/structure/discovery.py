@@ -8,6 +8,7 @@ Not covered: mixture-of-experts, latent attention, encoder-decoder models, GPT-2
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -143,9 +144,9 @@ def plain_config(config: PretrainedConfig, attention: Attention, kv_heads: int, 
     return type(config).from_dict(values)
 
 
-def _plan(lm: PreTrainedModel, stack: nn.Module) -> dict[str, str]:
+def _plan(lm: PreTrainedModel, stack: Any) -> dict[str, str]:
     """Layer pattern -> style, from the config, else from our table."""
-    config = stack.config
+    config: PretrainedConfig = stack.config
     plan = getattr(config, "base_model_tp_plan", None) or PLANS.get(config.model_type)
     if plan:
         return plan
@@ -209,7 +210,7 @@ def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
 
 
 def _linear(module: nn.Module, path: str, role: Role | None = None) -> Linear:
-    base = base_layer(module)
+    base: Any = base_layer(module)
     sizes = (getattr(base, "in_features", None), getattr(base, "out_features", None))
     if not isinstance(base, nn.Linear) and not all(isinstance(size, int) for size in sizes):
         raise UnsupportedModelError(f"{path} is a {type(base).__name__}, not a linear layer: not supported")

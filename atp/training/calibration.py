@@ -5,7 +5,7 @@ up; its neighbour does instead, so the number of steps stays what it was.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[
 
 def _owner_of_sampler(loader: DataLoader) -> BatchSampler:
     """The batch sampler that draws row indices, under whatever accelerate wrapped around it."""
-    sampler = loader.batch_sampler
+    sampler: Any = loader.batch_sampler
     while not hasattr(sampler, "sampler") and hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     if not hasattr(sampler, "sampler"):
@@ -112,7 +112,7 @@ def _owner_of_sampler(loader: DataLoader) -> BatchSampler:
 class _HoldOutSampler(Sampler[int]):
     """Yields what `inner` yields, with every held-out index replaced by the next one that is not."""
 
-    def __init__(self, inner: Sampler[int], held: Sequence[int], length: int) -> None:
+    def __init__(self, inner: Iterable[int], held: Sequence[int], length: int) -> None:
         self.inner = inner
         self._instead: dict[int, int] = {}
         taken = set(held)

@@ -21,7 +21,9 @@ def test_pruned_groups_shrink_by_the_equation_and_kept_ones_stay(name: str) -> N
         assert isinstance(layer, LoraLayer)
         torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
     masks = project({s.name: torch.rand(s.size) for s in space.sets}, space, 0.4)
-    before = {path: (m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone()) for path, m in modules.items()}
+    before = {
+        path: (m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone()) for path, m in modules.items()
+    }
     eta, beta = 0.01, 3.0
     proximal_step(space, modules, masks, eta, beta)
     rho = pruned_share(space, masks)

@@ -1,0 +1,49 @@
+"""Folders that are complete or absent: written beside their place, then renamed into it."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from atp.errors import CheckpointError
+
+
+@contextmanager
+def written_beside(out: Path) -> Iterator[Path]:
+    """A fresh folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    Raises:
+        CheckpointError: for any `OSError` inside the block or while renaming.
+    """
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if out.exists():
+            out.rename(aside)
+        _take_place(fresh, out, aside)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{out} could not be written ({_one_line(error)}): nothing was changed; free some space or choose "
+            "another folder"
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _take_place(fresh: Path, out: Path, aside: Path) -> None:
+    try:
+        fresh.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
