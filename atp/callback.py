@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -241,7 +242,9 @@ class ATPCallback(TrainerCallback):
         self._checked_evaluation = False
         schedule = Schedule.of(self.config, state.max_steps)
         resumed = self._saved_state(args, state, schedule) if state.global_step > 0 else None
-        start = None if resumed or self.config.init == "ones" else self._starting_logits(model, attachment)
+        start = None
+        if not resumed and self.config.init != "ones":
+            start = self._starting_logits(model, attachment, quiet=args.disable_tqdm or not state.is_world_process_zero)
         self._learner = DecisionLearner(self.config, attachment, schedule, start)
         if resumed:
             self._learner.load_state(*resumed)
@@ -258,22 +261,23 @@ class ATPCallback(TrainerCallback):
             rows = [loader.dataset[i] for i in held]
         return Calibration(rows, loader.collate_fn, config.calibration_batch_size)
 
-    def _starting_logits(self, model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
+    def _starting_logits(self, model: nn.Module, attachment: Attachment, quiet: bool) -> dict[str, Tensor]:
         config, space = self.config, attachment.space
-        raw = self._criterion(model, attachment)
+        raw = self._criterion(model, attachment, quiet)
         ranked = rank(raw, space, config.init_ranking, config.protect)
         return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
-    def _criterion(self, model: nn.Module, attachment: Attachment) -> dict[str, Tensor]:
-        space = attachment.space
-        if self.config.init == "random":
+    def _criterion(self, model: nn.Module, attachment: Attachment, quiet: bool) -> dict[str, Tensor]:
+        space, init = attachment.space, self.config.init
+        if init == "random":
             return scores.random(space, self.config.seed)
-        if self.config.init == "magnitude":
+        if init == "magnitude":
             return scores.magnitude(space, self._modules)
-        assert self._calibration is not None
-        if self.config.init == "activation":
-            return scores.activation(space, self._modules, partial(self._loss, model), self._calibration)
-        return scores.taylor(space, attachment.masks, partial(self._loss, model), self._calibration)
+        loss = partial(self._loss, model)
+        batches = tqdm(self._calibration, desc=f"atp: {init} scores", leave=False, disable=quiet)
+        if init == "activation":
+            return scores.activation(space, self._modules, loss, batches)
+        return scores.taylor(space, attachment.masks, loss, batches)
 
     def _batch(self, index: int) -> Mapping[str, Any]:
         assert self._calibration is not None

@@ -1,8 +1,10 @@
 """Attaching a space to a live model, and taking it off again without a trace."""
 
 from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
@@ -11,6 +13,8 @@ from atp.structure.live import causal_lm
 from atp.structure.space import Axis, PrunableLinear, Space
 
 _SLOT = "_atp_attachment"
+_UNLOADING = ("merge_and_unload", "unload")
+"""PEFT's ways to put base layers back in place of the LoRA layers that carry the masks."""
 
 
 class Attachment:
@@ -31,6 +35,9 @@ class Attachment:
             masks = LinearMasks(self._axis(linear.cols, linear.mask_cols), self._axis(linear.rows, linear.mask_rows))
             if masks.inputs is not None or masks.outputs is not None:
                 mask_linear(self._modules[linear.path], masks)
+        self._guarded = model.base_model if isinstance(model, PeftModel) else None
+        for name in _UNLOADING if self._guarded is not None else ():
+            setattr(self._guarded, name, _refuse_unloading)
 
     def module(self, linear: PrunableLinear) -> nn.Module:
         """The live layer (a LoRA layer where PEFT put one)."""
@@ -58,9 +65,18 @@ class Attachment:
         for module in self._modules.values():
             if is_masked(module):
                 unmask_linear(module)
+        for name in _UNLOADING if self._guarded is not None else ():
+            delattr(self._guarded, name)
 
     def _axis(self, axis: Axis | None, wanted: bool) -> AxisMask | None:
         return AxisMask.of(axis, self.masks[axis.set]) if wanted and axis is not None else None
+
+
+def _refuse_unloading(*_args: object, **_kwargs: object) -> NoReturn:
+    raise ATPError(
+        "merging or unloading LoRA here would lose the masks without a word: use atp.export(model, out), which merges, "
+        "or call atp.layers.detach(model) first"
+    )
 
 
 def attach(model: nn.Module, space: Space) -> Attachment:

@@ -44,9 +44,13 @@ class Calibration:
         start = index * self._batch_size
         return self._collate([self._rows[(start + i) % len(self._rows)] for i in range(self._batch_size)])
 
+    def __len__(self) -> int:
+        """Full batches."""
+        return len(self._rows) // self._batch_size
+
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         """Every full batch once."""
-        return (self.batch(i) for i in range(len(self._rows) // self._batch_size))
+        return (self.batch(i) for i in range(len(self)))
 
     def hashes(self) -> set[str]:
         """Content hash of every row."""

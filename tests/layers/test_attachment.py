@@ -152,3 +152,13 @@ def test_lora_weights_are_reached_through_the_masked_layer():
         module = attachment.module(linear)
         assert "default" in module.lora_A
         assert base_layer(module).weight.shape == (linear.out_features, linear.in_features)
+
+
+def test_unloading_lora_under_masks_is_refused_and_free_again_after_detaching():
+    model = families.with_lora(families.build("llama"))
+    attach(model, _space(model, "width"))
+    for unload in (model.merge_and_unload, model.unload):
+        with pytest.raises(ATPError, match="would lose the masks"):
+            unload()
+    detach(model)
+    model.merge_and_unload()
