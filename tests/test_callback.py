@@ -3,6 +3,9 @@
 import json
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +367,32 @@ def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch
         run.train()
     assert {p.name for p in (tmp_path / "checkpoint-4").iterdir() if "atp" in p.name} == set()
     assert (tmp_path / "checkpoint-2" / "atp" / "state.json").exists()
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from tests import runs
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+runs.trainer(Path(sys.argv[1]), runs.config(), callbacks=(Kill(),), save_strategy="steps", save_steps=2).train()
+"""
+
+
+def test_killed_in_the_middle_of_a_step_resumes_exactly(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "cut")], cwd=root, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not (tmp_path / "cut" / "pruned").exists()
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = runs.trainer(tmp_path / "whole", runs.config(), **settings)
+    whole.train()
+    resumed = runs.trainer(tmp_path / "cut", runs.config(), **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert runs.same(runs.adapter(resumed), runs.adapter(whole))
+    assert runs.same(decision(resumed), decision(whole))
