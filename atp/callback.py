@@ -18,26 +18,24 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from atp.config import ATPConfig
-from atp.criteria import scores
-from atp.criteria.ranking import rank, starting_logits
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
 from atp.export import export
 from atp.files import written_beside
 from atp.layers import Attachment, attach, attachment_of, detach
-from atp.structure.budget import project, target_parameters
+from atp.structure.budget import target_parameters
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.space import Space, build_space
-from atp.training.calibration import Calibration, check_disjoint, hold_out
+from atp.training.calibration import Calibration, check_disjoint
 from atp.training.learner import DecisionLearner
 from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
-from atp.training.state import FOLDER, load_state, save_state
+from atp.training.start import calibrate, start
+from atp.training.state import FOLDER, check_same_run, load_state, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +65,6 @@ class ATPCallback(TrainerCallback):
         self._calibration: Calibration | None = None
         self._calibration_hashes: set[str] = set()
         self._learner: DecisionLearner | None = None
-        self._modules: dict[str, nn.Module] = {}
         self._checked_evaluation = False
 
     @property
@@ -143,7 +140,7 @@ class ATPCallback(TrainerCallback):
             return
         masks = {name: leaf.detach() for name, leaf in learner.attachment.masks.items()}
         beta = learner.schedule.lasso(state.global_step)
-        proximal_step(learner.space, self._modules, masks, optimizer.param_groups[0]["lr"], beta)
+        proximal_step(learner.space, learner.attachment.modules, masks, optimizer.param_groups[0]["lr"], beta)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation sees the noise-free decision."""
@@ -176,7 +173,7 @@ class ATPCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the learner's state into the checkpoint the Trainer has just written."""
         if state.is_world_process_zero:
-            save_state(_checkpoint(args, state) / FOLDER, *self._saved(args))
+            self._save(_checkpoint(args, state), args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,7 +181,7 @@ class ATPCallback(TrainerCallback):
         """Freeze if that has not happened, then write `final/` and `pruned/`."""
         learner, model = self.learner, kwargs["model"]
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            learner.load_state(*self._load(Path(state.best_model_checkpoint) / FOLDER, args))
+            learner.load_state(*self._load(Path(state.best_model_checkpoint), args, state))
         if not learner.frozen:
             logger.warning(
                 "atp: training ended at step %d, before the decision was frozen (step %d): it is frozen now, and LoRA "
@@ -194,7 +191,7 @@ class ATPCallback(TrainerCallback):
             )
             learner.freeze()
         if state.is_world_process_zero:
-            self._write_final(args, model)
+            self._write_final(args, state, model)
             if self.config.export:
                 processing_class = kwargs.get("processing_class")
                 export(model, Path(args.output_dir) / "pruned", processing_class=processing_class, overwrite=True)
@@ -225,59 +222,31 @@ class ATPCallback(TrainerCallback):
         config = self.config
         space = build_space(discover(model), config.space, config.uniform, config.round_to)
         target_parameters(space, config.sparsity)
-        lm = causal_lm(model)
-        self._modules = {linear.path: lm.get_submodule(linear.path) for linear in space.linears}
-        if not any(isinstance(module, LoraLayer) for module in self._modules.values()):
+        lm, paths = causal_lm(model), [linear.path for linear in space.linears]
+        if not any(isinstance(lm.get_submodule(path), LoraLayer) for path in paths):
             raise UnsupportedModelError(
                 "LoRA is on none of the linear layers to be pruned: give LoraConfig target_modules such as "
-                f"'all-linear' (they are {', '.join(sorted({p.rsplit('.', 1)[-1] for p in self._modules}))})"
+                f"'all-linear' (they are {', '.join(sorted({path.rsplit('.', 1)[-1] for path in paths}))})"
             )
         return space
 
     def _start(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
     ) -> None:
-        self._calibration = self._calibrate(loader)
+        self._calibration = calibrate(self.config, self._given_calibration, loader)
         self._calibration_hashes = self._calibration.hashes() if self._calibration else set()
         self._checked_evaluation = False
         schedule = Schedule.of(self.config, state.max_steps)
-        resumed = self._saved_state(args, state, schedule) if state.global_step > 0 else None
-        start = None
-        if not resumed and self.config.init != "ones":
-            start = self._starting_logits(model, attachment, quiet=args.disable_tqdm or not state.is_world_process_zero)
-        self._learner = DecisionLearner(self.config, attachment, schedule, start)
-        if resumed:
-            self._learner.load_state(*resumed)
+        if state.global_step > 0:
+            saved = self._load(self._resumed_from(args, state), args, state)
+            self._learner = DecisionLearner(self.config, attachment, schedule, None)
+            self._learner.load_state(*saved)
+        else:
+            quiet = args.disable_tqdm or not state.is_world_process_zero
+            logits = start(self.config, attachment, self._calibration, partial(self._loss, model), quiet)
+            self._learner = DecisionLearner(self.config, attachment, schedule, logits)
         if note := self._learner.note():
             logger.warning("atp: %s", note)
-
-    def _calibrate(self, loader: DataLoader) -> Calibration | None:
-        config = self.config
-        if config.mode == "joint" and config.init not in ("activation", "taylor"):
-            return None
-        rows = self._given_calibration
-        if rows is None:
-            held = hold_out(loader, config.calibration_rows, config.calibration_batch_size, config.seed)
-            rows = [loader.dataset[i] for i in held]
-        return Calibration(rows, loader.collate_fn, config.calibration_batch_size)
-
-    def _starting_logits(self, model: nn.Module, attachment: Attachment, quiet: bool) -> dict[str, Tensor]:
-        config, space = self.config, attachment.space
-        raw = self._criterion(model, attachment, quiet)
-        ranked = rank(raw, space, config.init_ranking, config.protect)
-        return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
-
-    def _criterion(self, model: nn.Module, attachment: Attachment, quiet: bool) -> dict[str, Tensor]:
-        space, init = attachment.space, self.config.init
-        if init == "random":
-            return scores.random(space, self.config.seed)
-        if init == "magnitude":
-            return scores.magnitude(space, self._modules)
-        loss = partial(self._loss, model)
-        batches = tqdm(self._calibration, desc=f"atp: {init} scores", leave=False, disable=quiet)
-        if init == "activation":
-            return scores.activation(space, self._modules, loss, batches)
-        return scores.taylor(space, attachment.masks, loss, batches)
 
     def _batch(self, index: int) -> Mapping[str, Any]:
         assert self._calibration is not None
@@ -303,41 +272,29 @@ class ATPCallback(TrainerCallback):
             "learning rate or check the data, then resume"
         )
 
-    def _saved(self, args: TrainingArguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _identity(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """What must be the same when a run is resumed."""
+        return {"config": self.config.to_dict(), "world_size": args.world_size, "total_steps": state.max_steps}
+
+    def _save(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
         tensors, values = self.learner.state()
-        return tensors, values | {"config": self.config.to_dict(), "world_size": args.world_size}
+        save_state(folder / FOLDER, tensors, values | self._identity(args, state))
 
-    def _saved_state(
-        self, args: TrainingArguments, state: TrainerState, schedule: Schedule
+    def _load(
+        self, folder: Path, args: TrainingArguments, state: TrainerState
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = load_state(folder / FOLDER)
+        check_same_run(folder, values, self._identity(args, state))
+        return tensors, values
+
+    def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self._resume_from or args.resume_from_checkpoint
-        folder = Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
-        tensors, values = self._load(folder / FOLDER, args)
-        if values["total_steps"] != schedule.total_steps:
-            raise CheckpointError(
-                f"{folder}: was saved in a run of {values['total_steps']} steps, this one has {schedule.total_steps}: "
-                "resume with the same number of steps, or start anew"
-            )
-        return tensors, values
+        return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
 
-    def _load(self, folder: Path, args: TrainingArguments) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, values = load_state(folder)
-        mine = self.config.to_dict() | {"export": None}
-        theirs = values["config"] | {"export": None}
-        changed = [f"{k}: {theirs.get(k)} -> {mine[k]}" for k in mine if mine[k] != theirs.get(k)]
-        if changed:
-            raise CheckpointError(f"{folder}: was saved with another ATPConfig ({'; '.join(changed)}): use the same")
-        if values["world_size"] != args.world_size:
-            raise CheckpointError(
-                f"{folder}: was saved by {values['world_size']} processes, this run has {args.world_size}: use as many"
-            )
-        return tensors, values
-
-    def _write_final(self, args: TrainingArguments, model: PeftModel) -> None:
-        folder = Path(args.output_dir) / "final"
-        with written_beside(folder) as beside:
+    def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
+        with written_beside(Path(args.output_dir) / "final") as beside:
             model.save_pretrained(beside)
-            save_state(beside / FOLDER, *self._saved(args))
+            self._save(beside, args, state)
 
 
 class _LogFeeder(TrainerCallback):

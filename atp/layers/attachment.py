@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from atp.errors import ATPError, UnsupportedModelError
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, unmask_linear
 from atp.structure.live import causal_lm
-from atp.structure.space import Axis, PrunableLinear, Space
+from atp.structure.space import Axis, Space
 
 _SLOT = "_atp_attachment"
 _UNLOADING = ("merge_and_unload", "unload")
@@ -24,24 +24,21 @@ class Attachment:
         space: the table that the masks belong to.
         masks: one leaf tensor per group set, `(size,)`, float32, all ones at first. The layers read these very
             tensors: write into them with `set_masks`.
+        modules: the live layers by path (LoRA layers where PEFT put one).
     """
 
     def __init__(self, model: nn.Module, space: Space) -> None:
         self.space = space
-        self._modules = {linear.path: causal_lm(model).get_submodule(linear.path) for linear in space.linears}
-        device = device_of(next(iter(self._modules.values())))
+        self.modules = {linear.path: causal_lm(model).get_submodule(linear.path) for linear in space.linears}
+        device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
         for linear in space.linears:
             masks = LinearMasks(self._axis(linear.cols, linear.mask_cols), self._axis(linear.rows, linear.mask_rows))
             if masks.inputs is not None or masks.outputs is not None:
-                mask_linear(self._modules[linear.path], masks)
+                mask_linear(self.modules[linear.path], masks)
         self._guarded = model.base_model if isinstance(model, PeftModel) else None
         for name in _UNLOADING if self._guarded is not None else ():
             setattr(self._guarded, name, _refuse_unloading)
-
-    def module(self, linear: PrunableLinear) -> nn.Module:
-        """The live layer (a LoRA layer where PEFT put one)."""
-        return self._modules[linear.path]
 
     def set_masks(self, values: Mapping[str, Tensor]) -> None:
         """Write `values` into the masks in place, forgetting their gradients."""
@@ -62,7 +59,7 @@ class Attachment:
 
     def remove(self) -> None:
         """Give every layer its own class back."""
-        for module in self._modules.values():
+        for module in self.modules.values():
             if is_masked(module):
                 unmask_linear(module)
         for name in _UNLOADING if self._guarded is not None else ():

@@ -130,7 +130,7 @@ class DecisionLearner:
             tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
         tensors |= {f"decision.{k}": v for k, v in self._decision.items()}
         tensors["random"] = self._random.get_state()
-        return tensors, {"step": self.step, "frozen_at": self.frozen_at, "total_steps": self.schedule.total_steps}
+        return tensors, {"step": self.step, "frozen_at": self.frozen_at}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""

@@ -41,6 +41,30 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{folder}: damaged ({error}): {_elsewhere(folder)}") from error
 
 
+def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    """Refuse state that another run saved: another configuration, number of processes, or number of steps.
+
+    Args:
+        saved, mine: `config` (plain values), `world_size` and `total_steps`, as saved and as they are now.
+    """
+    changed = [
+        f"{key}: {saved['config'].get(key)} -> {value}"
+        for key, value in mine["config"].items()
+        if key != "export" and value != saved["config"].get(key)
+    ]
+    if changed:
+        raise CheckpointError(f"{folder}: was saved with another ATPConfig ({'; '.join(changed)}): use the same")
+    if saved["world_size"] != mine["world_size"]:
+        raise CheckpointError(
+            f"{folder}: was saved by {saved['world_size']} processes, this run has {mine['world_size']}: use as many"
+        )
+    if saved["total_steps"] != mine["total_steps"]:
+        raise CheckpointError(
+            f"{folder}: was saved in a run of {saved['total_steps']} steps, this one has {mine['total_steps']}: "
+            "resume with the same number of steps, or start anew"
+        )
+
+
 def _elsewhere(folder: Path) -> str:
     """What to do instead: the newest checkpoint beside this one that is complete."""
     checkpoint = folder.parent

@@ -149,7 +149,7 @@ def test_lora_weights_are_reached_through_the_masked_layer():
     space = _space(model, "width")
     attachment = attach(model, space)
     for linear in space.linears:
-        module = attachment.module(linear)
+        module = attachment.modules[linear.path]
         assert "default" in module.lora_A
         assert base_layer(module).weight.shape == (linear.out_features, linear.in_features)
 

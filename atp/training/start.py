@@ -1,0 +1,64 @@
+"""Where the generator starts from: calibration rows, a criterion's scores on them, and logits in their order."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from atp.config import ATPConfig
+from atp.criteria import scores
+from atp.criteria.ranking import rank, starting_logits
+from atp.layers import Attachment
+from atp.structure.budget import project
+from atp.training.calibration import Calibration, hold_out
+
+
+def calibrate(config: ATPConfig, given: Any, loader: DataLoader) -> Calibration | None:
+    """The calibration rows of a run: those given, else rows held out of `loader`; None where none are needed."""
+    if config.mode == "joint" and config.init not in ("activation", "taylor"):
+        return None
+    rows = given
+    if rows is None:
+        held = hold_out(loader, config.calibration_rows, config.calibration_batch_size, config.seed)
+        rows = [loader.dataset[i] for i in held]
+    return Calibration(rows, loader.collate_fn, config.calibration_batch_size)
+
+
+def start(
+    config: ATPConfig,
+    attachment: Attachment,
+    calibration: Calibration | None,
+    loss: Callable[[Mapping[str, Any]], Tensor],
+    quiet: bool,
+) -> dict[str, Tensor] | None:
+    """Starting logits per group set, `(size,)`, or None for all ones.
+
+    Args:
+        loss: the model's loss on one batch, under the masks as they are.
+        quiet: no progress bar.
+    """
+    if config.init == "ones":
+        return None
+    space = attachment.space
+    ranked = rank(_scores(config, attachment, calibration, loss, quiet), space, config.init_ranking, config.protect)
+    return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
+
+
+def _scores(
+    config: ATPConfig,
+    attachment: Attachment,
+    calibration: Calibration | None,
+    loss: Callable[[Mapping[str, Any]], Tensor],
+    quiet: bool,
+) -> dict[str, Tensor]:
+    space = attachment.space
+    if config.init == "random":
+        return scores.random(space, config.seed)
+    if config.init == "magnitude":
+        return scores.magnitude(space, attachment.modules)
+    batches = tqdm(calibration, desc=f"atp: {config.init} scores", leave=False, disable=quiet)
+    if config.init == "activation":
+        return scores.activation(space, attachment.modules, loss, batches)
+    return scores.taylor(space, attachment.masks, loss, batches)
