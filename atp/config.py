@@ -88,7 +88,7 @@ class ATPConfig:
     temperature: float = 0.4
     temperature_end: float = 0.4
     logit_bias: float = 3.0
-    noise: float = 1.0
+    noise: float = 0.2
     noise_end: float = 0.0
     init_scale: float = 1.0
 
