@@ -12,7 +12,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    EarlyStoppingCallback,
+    LlamaForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 
 from atp import ATPCallback
 from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
@@ -50,6 +56,26 @@ def test_run_leaves_a_smaller_model_that_computes_what_the_masked_one_did(
         "adapter_model.safetensors",
         "atp",
     ]
+
+
+def test_uniform_run_leaves_a_stock_model(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config(uniform=True))
+    run.train()
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert type(pruned) is LlamaForCausalLM
+    assert sorted(p.name for p in (tmp_path / "pruned").glob("*.py")) == []
+    assert pruned.config.intermediate_size < 48
+    masks = decision(run)
+    assert len({int(mask.sum()) for name, mask in masks.items() if name.endswith(".mlp")}) == 1
+    assert len({tuple(mask.tolist()) for name, mask in masks.items() if name.endswith(".mlp")}) > 1, "each its own"
+
+
+def test_generator_steps_only_every_k(tmp_path: Path) -> None:
+    for mode in ("joint", "alternating"):
+        run = runs.trainer(tmp_path, runs.config(mode=mode, generator_every=4))
+        run.train()
+        optimizer = runs.callback_of(run).learner.optimizer
+        assert {int(moments["step"]) for moments in optimizer.state.values()} == {2}, "steps 0 and 4 of 6"
 
 
 @pytest.mark.parametrize(("mode", "space"), WAYS)
