@@ -7,7 +7,7 @@ takes the same count per kind while choosing its own groups.
 """
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -137,7 +137,7 @@ def _fill(space: Space, columns: list[_Column], members: Iterable[int], steps: l
 
 
 def _trade(space: Space, columns: list[_Column], steps: list[int], target: float) -> list[int]:
-    """Come closer where coarse steps leave a gap: one more or one less of a kind, again and again, the rest refitted.
+    """Come closer where coarse steps leave a gap: more or fewer of a kind, nearest first, the rest refitted.
 
     In `width` this tries every total of KV groups with the most channels that fit, so it finds the closest total
     that is not larger wherever all steps of a kind cost the same.
@@ -146,19 +146,28 @@ def _trade(space: Space, columns: list[_Column], steps: list[int], target: float
     for kind in (k for k in space.kinds if k != MLP):
         mine = [i for i, c in enumerate(columns) if space.sets[c.sets[0]].kind == kind]
         others = [i for i in range(len(columns)) if i not in mine]
-        for move in (_add_best, _drop_worst):
-            trial = list(steps)
-            while move(columns, mine, trial):
-                fitted = list(trial)
-                while _spent(space, columns, fitted) > target and _drop_worst(columns, others, fitted):
-                    pass
-                fitted = _fill(space, columns, others, fitted, target)
-                spent = _spent(space, columns, fitted)
-                if best_spent < spent <= target:
-                    best, best_spent = fitted, spent
-                if target - best_spent <= TOLERANCE * space.prunable_parameters:
-                    return best
+        for trial in _nearby(columns, mine, steps):
+            fitted = list(trial)
+            while _spent(space, columns, fitted) > target and _drop_worst(columns, others, fitted):
+                pass
+            fitted = _fill(space, columns, others, fitted, target)
+            spent = _spent(space, columns, fitted)
+            if best_spent < spent <= target:
+                best, best_spent = fitted, spent
+            if target - best_spent <= TOLERANCE * space.prunable_parameters:
+                return best
     return best
+
+
+def _nearby(columns: list[_Column], members: list[int], steps: list[int]) -> Iterator[list[int]]:
+    """`steps` with one step of `members` more, one less, two more, ...: nearest to the scores' own wish first."""
+    more, less, moved = list(steps), list(steps), True
+    while moved:
+        moved = False
+        for move, trial in ((_add_best, more), (_drop_worst, less)):
+            if move(columns, members, trial):
+                moved = True
+                yield list(trial)
 
 
 def _add_best(columns: list[_Column], members: list[int], steps: list[int]) -> bool:
