@@ -58,7 +58,7 @@ NEW_TOKENS = 28
 def main() -> None:
     """Prepare, train both ways, measure all three, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=150, help="training steps of each run (default 150)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each run (default 100)")
     parser.add_argument("--sparsity", type=float, default=0.4, help="share of decoder weights to remove (default 0.4)")
     parser.add_argument("--work", type=Path, default=Path(".quickstart"), help="folder for everything that is made")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
