@@ -7,7 +7,7 @@ a fresh process and measured on terms that no training row holds.
 
     make quickstart            # or, in an environment of your own: python examples/quickstart.py
 
-About 12 minutes on two cores. Everything lands in `.quickstart/`.
+About 11 minutes on two cores. Everything lands in `.quickstart/`.
 """
 
 import argparse
