@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
@@ -45,7 +46,8 @@ def compact_tensors(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tenso
     norms = {norm.path: norm for norm in space.norms}
     source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
     tensors: dict[str, Tensor] = {}
-    for path, own in _modules(lm, "", _rest_dtype(lm)):
+    modules = tqdm(_modules(lm, "", _rest_dtype(lm)), desc="atp: merging and slicing", leave=False, delay=2)
+    for path, own in modules:
         if path in linears:
             own = _sliced(own, indices(linears[path].rows), indices(linears[path].cols), source_scale.get(path, 1.0))
         elif path in norms:
