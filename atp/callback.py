@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import get_last_checkpoint
 
 from atp.config import ATPConfig
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
@@ -207,7 +208,7 @@ class ATPCallback(TrainerCallback):
         """Put a feeder first in the handler's list, so that TensorBoard and the like see our figures.
 
         The Trainer hands a callback no handle on its peers, and trackers log before user callbacks: the handler that
-        is calling us is found one or two frames up. Without it only trackers miss the figures.
+        is calling us is found two frames up. Without it only trackers miss the figures.
         """
         frame = sys._getframe(2)
         handler = frame.f_locals.get("self")
@@ -265,8 +266,8 @@ class ATPCallback(TrainerCallback):
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             return
-        saved = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[-1]))
-        last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint had been saved"
+        saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        last = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved"
         raise DivergedError(
             f"a gradient is NaN or infinite at step {state.global_step}: nothing was applied and {last}; lower the "
             "learning rate or check the data, then resume"

@@ -43,7 +43,7 @@ class ATPConfig:
         freeze_at: share of the training steps after which the decision is final, in [0, 1]. 0 freezes the starting
             decision before the first step: prune, then tune.
         on_budget: project every hard decision onto the budget, not only the frozen one.
-        budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)) (DESIGN equation 2).
+        budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)).
         budget_ramp: share of the steps before the freeze over which the budget grows from nothing to `sparsity`
             when starting from `"ones"`.
 

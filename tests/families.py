@@ -58,6 +58,7 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
     "smollm3": _family("SmolLM3", num_hidden_layers=3, no_rope_layers=[1, 0, 1]),
     "starcoder2": _family("Starcoder2", use_bias=True, sliding_window=None),
+    "stablelm": _family("StableLm", use_qkv_bias=True),  # ships no plan: ours
     "gpt_neox": _family("GPTNeoX", num_key_value_heads=None, num_attention_heads=4, intermediate_size=144),
     "gpt_neox_serial": _family(
         "GPTNeoX", num_key_value_heads=None, num_attention_heads=4, intermediate_size=144, use_parallel_residual=False

@@ -1,4 +1,4 @@
-"""The callback in an unmodified Trainer. Oracles: the same run done another way (habit 4), and the exported folder."""
+"""The callback in an unmodified Trainer. Oracles: the same run done another way, and the exported folder."""
 
 import json
 import math

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from atp.structure.live import base_layer
+from atp.structure.live import base_layer, dequantised_weight
 from atp.structure.space import Space
 
 Modules = Mapping[str, nn.Module]
@@ -92,4 +91,4 @@ def _weighted(space: Space, modules: Modules, norms: Mapping[str, Tensor]) -> di
 
 
 def _weight(module: nn.Module) -> Tensor:
-    return dequantize_module_weight(base_layer(module)).detach().float().cpu()
+    return dequantised_weight(base_layer(module)).float().cpu()

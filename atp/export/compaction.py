@@ -1,7 +1,7 @@
 """Compaction: a live model and its decision -> the tensors of the smaller dense model.
 
 Adapters are merged in float32, then rows and columns of pruned groups are left out. Because the masks act on the base
-path and the LoRA path alike (DESIGN equation 3), the result computes what the masked model computes.
+path and the LoRA path alike, the result computes what the masked model computes.
 
 A norm over all heads (OLMo 2) divides by the root of sum(x^2) / H. With H' features left, its source is scaled by
 c = sqrt(H'/H) and its weight by 1/c: the root is then unchanged, and so is `eps`.
@@ -16,13 +16,13 @@ from typing import TypeGuard
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
+from atp.structure.live import dequantised_weight
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
 
 SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
@@ -184,7 +184,5 @@ def _dequantised(module: nn.Linear, path: str, dtype: torch.dtype) -> dict[str, 
             f"{path}: bitsandbytes repacked this 4-bit weight for CPU inference and cannot undo it exactly: export "
             "before any forward in evaluation mode, or on a GPU"
         )
-    weight = module.weight
-    own = {"weight": dequantize_module_weight(module).detach().to(dtype)}
-    module.weight = weight  # on the CPU, PEFT leaves a copy here that has lost its 8-bit state
+    own = {"weight": dequantised_weight(module).to(dtype)}
     return own if module.bias is None else own | {"bias": module.bias.detach().to(dtype)}

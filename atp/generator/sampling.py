@@ -1,6 +1,6 @@
 """From logits to masks, as pure functions over `dict[str, Tensor]` keyed by group set.
 
-Soft mask s = sigmoid((z + gumbel)/tau); hard mask 1[z + gumbel > 0] (DESIGN equation 1; the bias b is part of z).
+Soft mask s = sigmoid((z + gumbel)/tau); hard mask 1[z + gumbel > 0] (ATP, arXiv 2412.14426; the bias b is part of z).
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Masked linear layers: y = layer(x * s_in) * s_out, for any layer class, by swapping a live module's class.
 
-A PEFT LoRA layer is masked as a whole, so the masks act on the base path and the LoRA path alike (DESIGN equation 3).
+A PEFT LoRA layer is masked as a whole, so the masks act on the base path and the LoRA path alike.
 The swap adds no parameter, buffer or submodule: state-dict keys, adapters and `isinstance` stay as they were, and
 `torch.compile` sees an ordinary `forward`.
 """

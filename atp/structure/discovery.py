@@ -14,7 +14,16 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.errors import UnsupportedModelError
-from atp.structure.families import IGNORED_STYLES, PLANS, READER_STYLES, READERS, WRITER_STYLES, WRITERS, Role
+from atp.structure.families import (
+    DERIVED_HEAD_SIZE,
+    IGNORED_STYLES,
+    PLANS,
+    READER_STYLES,
+    READERS,
+    WRITER_STYLES,
+    WRITERS,
+    Role,
+)
 from atp.structure.live import base_layer, causal_lm
 
 
@@ -298,8 +307,8 @@ def _plain_kv_heads(config: PretrainedConfig, blocks: tuple[Block, ...]) -> tupl
     full = blocks[0].attention.num_kv_heads
     if len(shapes) > 1 or len(widths) > 1:
         return ()
-    if any(reader.interleaved for reader in blocks[0].attention.readers):
-        return (full,)  # GPT-NeoX derives its head size from hidden_size / heads: fewer heads cannot be said
+    if config.model_type in DERIVED_HEAD_SIZE:
+        return (full,)
     counts = []
     for kv_heads in range(1, full + 1):
         try:

@@ -55,3 +55,6 @@ _LLAMA_LIKE = {
 }
 
 PLANS = {"stablelm": _LLAMA_LIKE}
+
+DERIVED_HEAD_SIZE = {"gpt_neox", "stablelm"}
+"""Families whose head size is hidden_size / heads, whatever `head_dim` says: their configs cannot say fewer heads."""

@@ -2,7 +2,8 @@
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
@@ -21,3 +22,11 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
 def base_layer(module: nn.Module) -> nn.Module:
     """The layer that holds the base weight: `module` itself, or what a PEFT layer wraps."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def dequantised_weight(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer as floating point, `(out_features, in_features)`; `layer` stays as it was."""
+    stored = layer.weight
+    weight = dequantize_module_weight(layer)
+    layer.weight = stored  # on the CPU, PEFT leaves a copy here that has lost its 8-bit state
+    return weight.detach()

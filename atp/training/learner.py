@@ -1,7 +1,7 @@
 """The learner: samples decisions, takes the loss's gradient with respect to the masks, and steps the generator.
 
-It knows a space, an attachment and a schedule, and no Trainer. Both modes share one update (DESIGN equation 2): with
-g = dLoss/dmask gathered at the masks, the generator follows sum(s * g) + lambda * R, whose gradient is that of the
+It knows a space, an attachment and a schedule, and no Trainer. Both modes share one update (ATP, arXiv 2412.14426):
+with g = dLoss/dmask gathered at the masks, the generator follows sum(s * g) + lambda * R, whose gradient is that of the
 straight-through estimator. `joint` gathers g in the LoRA step's own backward under hard masks; `alternating` in a pass
 of its own under soft masks.
 """
@@ -115,7 +115,7 @@ class DecisionLearner:
         return project(self.generator(), self.space, sparsity)
 
     def show_decision(self) -> None:
-        """Put the noise-free decision in place, for evaluation and saving."""
+        """Put the noise-free decision in place, for evaluation."""
         if not self.frozen:
             self.attachment.set_masks(self.decision())
 

@@ -8,8 +8,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from atp.criteria import scores
 from atp.errors import UnsupportedModelError
 from atp.export import export, load
+from atp.layers import attach
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import SPACES, masked
 
@@ -57,3 +61,13 @@ def test_dora_on_a_quantised_layer_is_refused_by_name(quantised, tmp_path):
     model = masked(quantised(NF4, use_dora=True), "width")
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.self_attn\.q_proj.*unquantised"):
         export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scoring_weights_leaves_the_live_model_as_it_was(quantised, kind):
+    model = quantised(KINDS[kind])
+    space = build_space(discover(model), "width")
+    attachment = attach(model, space)
+    expected = families.logits(model)
+    scores.magnitude(space, attachment.modules)
+    assert torch.equal(families.logits(model), expected)
