@@ -87,6 +87,7 @@ class ATPCallback(TrainerCallback):
             "kept_parameters": kept,
             "frozen_at_step": learner.frozen_at,
             "kept_share": space.kept_share(decision),
+            "overlap_with_start": learner.overlap(),
         }
 
     # -- Trainer events, in the order in which they fire ------------------------------------------------------------
@@ -117,7 +118,8 @@ class ATPCallback(TrainerCallback):
         """The alternating generator step where it is due, then this step's hard masks."""
         learner, step = self.learner, state.global_step
         learner.step = step
-        alternating = self.config.mode == "alternating" and step % self.config.generator_every == 0
+        learns = self.config.mode == "alternating" and self.config.decision != "criterion"
+        alternating = learns and step % self.config.generator_every == 0
         if alternating and not learner.frozen and step < learner.schedule.freeze_step:
             turn = step // self.config.generator_every
             learner.alternate(lambda: self._loss(kwargs["model"], self._batch(turn)))
@@ -238,14 +240,13 @@ class ATPCallback(TrainerCallback):
         self._calibration_hashes = self._calibration.hashes() if self._calibration else set()
         self._checked_evaluation = False
         schedule = Schedule.of(self.config, state.max_steps)
+        quiet = args.disable_tqdm or not state.is_world_process_zero
+        draw = partial(start, self.config, attachment, self._calibration, partial(self._loss, model), quiet)
+        self._learner = DecisionLearner(self.config, attachment, schedule, draw)
         if state.global_step > 0:
-            saved = self._load(self._resumed_from(args, state), args, state)
-            self._learner = DecisionLearner(self.config, attachment, schedule, None)
-            self._learner.load_state(*saved)
+            self._learner.load_state(*self._load(self._resumed_from(args, state), args, state))
         else:
-            quiet = args.disable_tqdm or not state.is_world_process_zero
-            logits = start(self.config, attachment, self._calibration, partial(self._loss, model), quiet)
-            self._learner = DecisionLearner(self.config, attachment, schedule, logits)
+            self._learner.start()
         if note := self._learner.note():
             logger.warning("atp: %s", note)
 

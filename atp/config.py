@@ -17,8 +17,9 @@ from atp.errors import ConfigError
 
 SPACES = ("width", "disp")
 MODES = ("joint", "alternating")
-CRITERIA = ("activation", "magnitude", "taylor", "random")
-RANKINGS = ("block", "global")
+DECISIONS = ("generator", "logits", "criterion")
+CRITERIA = ("activation", "flap", "magnitude", "taylor", "taylor2", "random")
+RANKINGS = ("block", "global", "standard")
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,17 @@ class ATPConfig:
         round_to: kept widths are multiples of this; `None` chooses by the model's width, see `Space`.
 
     How decisions are learned:
+        decision: `"generator"` learns them; `"criterion"` trains densely until `freeze_at` and then takes what `init`
+            says of the weights as they are by then (prune-then-tune at 0, tune-then-prune at 1); `"logits"` learns one
+            free logit per group instead of a network, as a control.
         mode: `"joint"` takes mask gradients from the LoRA step itself; `"alternating"` spends a pass of its own over
             calibration data every `generator_every` steps (the paper's way).
         init: the criterion whose on-budget decision the generator starts from, or `"ones"` for nothing pruned.
-        init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model.
+        init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model by score per parameter,
+            `"standard"` over the whole model by z-score inside each block and kind (FLAP's way).
         protect: how many first and last blocks the starting decision leaves whole; `None` means the first tenth
             and the last thirtieth of the blocks. The generator may prune them later.
-        freeze_at: share of the training steps after which the decision is final, in [0, 1]. 0 freezes the starting
-            decision before the first step: prune, then tune.
+        freeze_at: share of the training steps after which the decision is final, in [0, 1].
         on_budget: project every hard decision onto the budget, not only the frozen one.
         budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)).
         budget_ramp: share of the steps before the freeze over which the budget grows from nothing to `sparsity`
@@ -71,6 +75,7 @@ class ATPConfig:
     uniform: bool = False
     round_to: int | None = None
 
+    decision: str = "generator"
     mode: str = "joint"
     generator_every: int = 1
     init: str = "activation"
@@ -106,6 +111,7 @@ class ATPConfig:
         for check in (
             ("sparsity", _number(self.sparsity) and 0 < self.sparsity < 1, "a number in (0, 1)"),
             ("space", self.space in SPACES, f"one of {', '.join(SPACES)}"),
+            ("decision", self.decision in DECISIONS, f"one of {', '.join(DECISIONS)}"),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
             ("init", self.init in (*CRITERIA, "ones"), f"one of {', '.join(CRITERIA)}, ones"),
             ("init_ranking", self.init_ranking in RANKINGS, f"one of {', '.join(RANKINGS)}"),
@@ -145,6 +151,8 @@ class ATPConfig:
                 f"generator_hidden_size={self.generator_hidden_size} is not a multiple of "
                 f"generator_heads={self.generator_heads}: change one of them"
             )
+        if self.decision == "criterion" and self.init == "ones":
+            raise ConfigError("decision='criterion' needs a criterion in init, not 'ones': set init to activation")
         if self.uniform and self.space != "width":
             raise ConfigError(f"uniform=True needs space='width', not {self.space!r}: set uniform to false")
 

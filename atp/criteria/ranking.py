@@ -3,6 +3,7 @@
 `block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
           rival: activation-weighted, uniform per block, first and last blocks left whole).
 `global`  the score per parameter that the group holds, over the whole model.
+`standard`  z-scores within the set, compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
 
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ def rank(scores: Mapping[str, Tensor], space: Space, how: str, protect: tuple[in
     """Values in (0, 1), `(size,)` per set; the sets of protected blocks lie in (1, 2) and so are pruned last.
 
     Args:
-        how: `"block"` or `"global"`.
+        how: `"block"`, `"global"` or `"standard"`.
         protect: numbers of first and last blocks to protect, or None for `default_protect`.
     """
     blocks = len(space.structure.blocks)
     first, last = default_protect(blocks) if protect is None else protect
-    values = dict(scores) if how == "block" else _per_parameter(scores, space)
-    ranked = {name: _percentiles(v) for name, v in values.items()} if how == "block" else _over_all(values)
+    if how == "block":
+        ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets}
+    else:
+        ranked = _over_all(_per_parameter(scores, space) if how == "global" else _standardised(scores, space))
     for s in space.sets:
         if s.block < first or s.block >= blocks - last:
             ranked[s.name] = 1.0 + ranked[s.name]
@@ -60,3 +63,9 @@ def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _per_parameter(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
     return {s.name: scores[s.name] / c for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)}
+
+
+def _standardised(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
+    """Mean 0 and standard deviation 1 within each set; a set whose scores are all alike is all zeros."""
+    centred = {s.name: scores[s.name] - scores[s.name].mean() for s in space.sets}
+    return {name: c / c.square().mean().sqrt().clamp_min(torch.finfo(c.dtype).tiny) for name, c in centred.items()}

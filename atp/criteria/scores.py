@@ -1,8 +1,11 @@
 """Criteria: one score per group, higher is more worth keeping.
 
 activation  sum over a group's weights of |W_ij| * ||x_j||  (Wanda, arXiv 2306.11695, summed over the group)
-magnitude   the same with ||x_j|| = 1
-taylor      |dL/dm| of the group's mask at m = 1, averaged over batches (LLM-Pruner, arXiv 2305.11627, first order)
+flap        sum over a group's weights of W_ij^2 * var(x_j)  (FLAP, arXiv 2312.11983: what a bias cannot make up for)
+magnitude   sum over a group's weights of |W_ij|
+taylor      |g|, g = dL/dm of the group's mask at m = 1, averaged over batches (LLM-Pruner, arXiv 2305.11627)
+taylor2     |mean(g) - mean(g^2) / 2|: the second-order expansion of L(m = 1) - L(m = 0) with the Fisher diagonal in
+            place of the Hessian's (LLM-Pruner)
 random      uniform
 
 Weights are read where the masked model applies the mask: the columns of the layer that consumes the group, or the
@@ -15,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from atp.criteria.statistics import Moments, input_moments
 from atp.structure.live import base_layer, dequantised_weight
-from atp.structure.space import Space
+from atp.structure.space import PrunableLinear, Space
 
 Modules = Mapping[str, nn.Module]
 """Live linear layers by path."""
@@ -24,47 +28,46 @@ Modules = Mapping[str, nn.Module]
 
 def magnitude(space: Space, modules: Modules) -> dict[str, Tensor]:
     """Sum of absolute weights of each group."""
-    ones = {linear.path: torch.ones(linear.in_features) for linear in space.linears}
-    return _weighted(space, modules, ones)
+    return _summed(space, lambda path: _weight(modules[path]).abs())
 
 
 def activation(
     space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]
 ) -> dict[str, Tensor]:
     """Activation-weighted magnitude; `forward(batch)` runs the model once."""
-    squares = {linear.path: torch.zeros(linear.in_features) for linear in space.linears}
+    moments = _moments(space, modules, forward, batches)
+    return _summed(space, lambda path: _weight(modules[path]).abs() * moments[path].squares.sqrt())
 
-    def watch(path: str) -> Callable:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
-            squares[path] += x.square().sum(dim=0).cpu()
 
-        return hook
-
-    hooks = [modules[linear.path].register_forward_pre_hook(watch(linear.path)) for linear in space.linears]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                forward(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return _weighted(space, modules, {path: square.sqrt() for path, square in squares.items()})
+def flap(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]) -> dict[str, Tensor]:
+    """Fluctuation of what each group contributes; `forward(batch)` runs the model once."""
+    moments = _moments(space, modules, forward, batches)
+    return _summed(space, lambda path: _weight(modules[path]).square() * moments[path].variance)
 
 
 def taylor(
-    space: Space, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Iterable[Any]
+    space: Space, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Iterable[Any], order: int = 1
 ) -> dict[str, Tensor]:
-    """First-order Taylor; `masks` are the model's live mask leaves, all ones, `loss(batch)` a scalar under them."""
+    """Taylor expansion of the loss in each group's mask; `loss(batch)` is a scalar under `masks`.
+
+    Args:
+        masks: the model's live mask leaves, all ones.
+        order: 1 or 2.
+    """
     names = [s.name for s in space.sets]
     leaves = [masks[name].requires_grad_(True) for name in names]
-    total = [torch.zeros(len(leaf)) for leaf in leaves]
-    for batch in batches:
-        for running, gradient in zip(total, torch.autograd.grad(loss(batch), leaves), strict=True):
-            running += gradient.abs().cpu()
+    absolute, total, squares = ([torch.zeros(len(leaf)) for leaf in leaves] for _ in range(3))
+    count = 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
+        for i, gradient in enumerate(torch.autograd.grad(loss(batch), leaves)):
+            gradient = gradient.cpu()
+            absolute[i] += gradient.abs()
+            total[i] += gradient
+            squares[i] += gradient.square()
     for leaf in leaves:
         leaf.requires_grad_(False)
-    return dict(zip(names, total, strict=True))
+    second = [(t / count - s / (2 * count)).abs() for t, s in zip(total, squares, strict=True)] if count else total
+    return dict(zip(names, absolute if order == 1 else second, strict=True))
 
 
 def random(space: Space, seed: int) -> dict[str, Tensor]:
@@ -73,14 +76,23 @@ def random(space: Space, seed: int) -> dict[str, Tensor]:
     return {s.name: torch.rand(s.size, generator=generator) for s in space.sets}
 
 
-def _weighted(space: Space, modules: Modules, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _moments(
+    space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]
+) -> dict[str, Moments]:
+    return input_moments({linear.path: modules[linear.path] for linear in _masked(space)}, forward, batches)
+
+
+def _masked(space: Space) -> list[PrunableLinear]:
+    return [linear for linear in space.linears if linear.mask_cols or linear.mask_rows]
+
+
+def _summed(space: Space, weigh: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """`weigh(path)`, `(out_features, in_features)`, summed over what each group owns where its mask is applied."""
     by_input: dict[str, Tensor] = {}
     by_output: dict[str, Tensor] = {}
     sizes = {s.name: s.size for s in space.sets}
-    for linear in space.linears:
-        if not (linear.mask_cols or linear.mask_rows):
-            continue
-        weight = _weight(modules[linear.path]).abs() * norms[linear.path]
+    for linear in _masked(space):
+        weight = weigh(linear.path)
         for axis, wanted, scores, dim in (
             (linear.cols, linear.mask_cols, by_input, 0),
             (linear.rows, linear.mask_rows, by_output, 1),

@@ -49,6 +49,25 @@ class DecisionGenerator(nn.Module):
         return {s.name: emitted[_head(s)][s.block] + self.start[_key(s)] for s in self._sets}
 
 
+class FreeLogits(nn.Module):
+    """The control: one trainable logit per group and no network; also holds logits that nobody trains."""
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self._sets = space.sets
+        self.logits = nn.ParameterDict({_key(s): nn.Parameter(torch.zeros(s.size)) for s in space.sets})
+
+    def set_start(self, logits: dict[str, Tensor]) -> None:
+        """Set each set's logits, `(size,)`."""
+        with torch.no_grad():
+            for s in self._sets:
+                self.logits[_key(s)].copy_(logits[s.name])
+
+    def forward(self) -> dict[str, Tensor]:
+        """Logits per group set, `(size,)`; tensors of their own."""
+        return {s.name: self.logits[_key(s)].clone() for s in self._sets}
+
+
 def _small_linear(in_features: int, out_features: int) -> nn.Linear:
     """A projection that hardly moves the start before it is trained."""
     linear = nn.Linear(in_features, out_features)

@@ -3,7 +3,8 @@
 It knows a space, an attachment and a schedule, and no Trainer. Both modes share one update (ATP, arXiv 2412.14426):
 with g = dLoss/dmask gathered at the masks, the generator follows sum(s * g) + lambda * R, whose gradient is that of the
 straight-through estimator. `joint` gathers g in the LoRA step's own backward under hard masks; `alternating` in a pass
-of its own under soft masks.
+of its own under soft masks. With `decision="criterion"` nothing is learned: all is kept until the freeze, where the
+formula decides.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from atp.config import ATPConfig
-from atp.generator.network import DecisionGenerator
+from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
 from atp.structure.budget import budget_note, project
+from atp.structure.space import Space
 from atp.training.losses import budget_loss
 from atp.training.schedule import Schedule
 
@@ -29,25 +31,33 @@ class DecisionLearner:
     Args:
         attachment: the live model's masks.
         schedule: what each step uses.
-        start: logits to start from per group set, `(size,)`, or None for all ones (`config.logit_bias`).
+        draw: gives logits of `config.init` for the model as it is, `(size,)` per group set, or None for all ones
+            (`config.logit_bias`).
     """
 
-    def __init__(self, config: ATPConfig, attachment: Attachment, schedule: Schedule, start: Masks | None) -> None:
+    def __init__(
+        self, config: ATPConfig, attachment: Attachment, schedule: Schedule, draw: Callable[[], Masks | None]
+    ) -> None:
         self.config, self.attachment, self.schedule = config, attachment, schedule
         self.space = attachment.space
         device = next(iter(attachment.masks.values())).device
-        self.generator = DecisionGenerator(
-            self.space, config.generator_hidden_size, config.generator_layers, config.generator_heads, config.seed
-        ).to(device)
-        self.generator.set_start(start or {s.name: torch.full((s.size,), config.logit_bias) for s in self.space.sets})
+        self.generator = _emitter(config, self.space).to(device)
+        self._draw = draw
         trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
         self._random = torch.Generator().manual_seed(config.seed)
         self._noisy: Masks | None = None
         self._decision: Masks = attachment.decision()
+        self._first: Masks = {}
         self.step = 0
         self.frozen_at: int | None = None
         self.metrics: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Draw the decision of `config.init` and start from it; not called when a run is resumed."""
+        self._set_start()
+        if self.config.init != "ones":
+            self._first = project(self.generator(), self.space, self.config.sparsity)
 
     @property
     def frozen(self) -> bool:
@@ -62,6 +72,9 @@ class DecisionLearner:
             return
         if step >= self.schedule.freeze_step:
             self.freeze()
+            return
+        if self.config.decision == "criterion":
+            self._record(self.attachment.decision())
             return
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
         with torch.set_grad_enabled(joint):
@@ -98,7 +111,10 @@ class DecisionLearner:
         self.attachment.require_gradients(False)
 
     def freeze(self) -> None:
-        """Make the noise-free decision on budget final."""
+        """Make the noise-free decision on budget final; a criterion decides by the weights as they are now."""
+        if self.config.decision == "criterion" and self.step > 0:
+            self.attachment.set_masks(self.space.full())
+            self._set_start()
         decision = self.decision(final=True)
         self.attachment.require_gradients(False)
         self.attachment.set_masks(decision)
@@ -111,6 +127,8 @@ class DecisionLearner:
         """The noise-free decision on this step's budget (or on the final one)."""
         if self.frozen:
             return self.attachment.decision()
+        if self.config.decision == "criterion" and not final:
+            return self.space.full()
         sparsity = self.config.sparsity if final else self.schedule.sparsity(self.step)
         return project(self.generator(), self.space, sparsity)
 
@@ -118,6 +136,18 @@ class DecisionLearner:
         """Put the noise-free decision in place, for evaluation."""
         if not self.frozen:
             self.attachment.set_masks(self.decision())
+
+    def overlap(self) -> dict[str, float] | None:
+        """Share of the groups that `init` pruned at the first step which the decision prunes too, per kind."""
+        if not self._first:
+            return None
+        decision = self.decision(final=True)
+        shares = {}
+        for kind in self.space.kinds:
+            first = torch.cat([self._first[s.name] == 0 for s in self.space.sets if s.kind == kind])
+            now = torch.cat([decision[s.name].cpu() == 0 for s in self.space.sets if s.kind == kind])
+            shares[kind] = (first & now).sum().item() / max(first.sum().item(), 1)
+        return shares
 
     def note(self) -> str | None:
         """One line where the asked sparsity is not reachable exactly."""
@@ -129,6 +159,7 @@ class DecisionLearner:
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
         tensors |= {f"decision.{k}": v for k, v in self._decision.items()}
+        tensors |= {f"first.{k}": v for k, v in self._first.items()}
         tensors["random"] = self._random.get_state()
         return tensors, {"step": self.step, "frozen_at": self.frozen_at}
 
@@ -142,10 +173,15 @@ class DecisionLearner:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self._random.set_state(tensors["random"])
         self._decision = _under(tensors, "decision.")
+        self._first = _under(tensors, "first.")
         self.step, self.frozen_at = values["step"], values["frozen_at"]
         self._noisy = None
         self.attachment.require_gradients(False)
         self.attachment.set_masks(self._decision)
+
+    def _set_start(self) -> None:
+        kept = {s.name: torch.full((s.size,), self.config.logit_bias) for s in self.space.sets}
+        self.generator.set_start(self._draw() or kept)
 
     @property
     def _temperature(self) -> float:
@@ -182,6 +218,15 @@ class DecisionLearner:
             **{f"kept_{kind}": share for kind, share in self.space.kept_share(decision).items()},
         }
         self._decision = decision
+
+
+def _emitter(config: ATPConfig, space: Space) -> DecisionGenerator | FreeLogits:
+    """What emits the logits."""
+    if config.decision != "generator":
+        return FreeLogits(space)
+    return DecisionGenerator(
+        space, config.generator_hidden_size, config.generator_layers, config.generator_heads, config.seed
+    )
 
 
 def _reduced(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -14,10 +14,14 @@ from atp.layers import Attachment
 from atp.structure.budget import project
 from atp.training.calibration import Calibration, hold_out
 
+_MEASURED = ("activation", "flap", "taylor", "taylor2")
+"""Criteria that look at calibration rows."""
+
 
 def calibrate(config: ATPConfig, given: Any, loader: DataLoader) -> Calibration | None:
     """The calibration rows of a run: those given, else rows held out of `loader`; None where none are needed."""
-    if config.mode == "joint" and config.init not in ("activation", "taylor"):
+    passes = config.mode == "alternating" and config.decision != "criterion"
+    if not passes and config.init not in _MEASURED:
         return None
     rows = given
     if rows is None:
@@ -59,6 +63,7 @@ def _scores(
     if config.init == "magnitude":
         return scores.magnitude(space, attachment.modules)
     batches = tqdm(calibration, desc=f"atp: {config.init} scores", leave=False, disable=quiet)
-    if config.init == "activation":
-        return scores.activation(space, attachment.modules, loss, batches)
-    return scores.taylor(space, attachment.masks, loss, batches)
+    if config.init in ("taylor", "taylor2"):
+        return scores.taylor(space, attachment.masks, loss, batches, order=2 if config.init == "taylor2" else 1)
+    by_inputs = {"activation": scores.activation, "flap": scores.flap}[config.init]
+    return by_inputs(space, attachment.modules, loss, batches)

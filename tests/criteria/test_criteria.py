@@ -33,6 +33,17 @@ def test_activation_weights_each_column_by_its_inputs_norm() -> None:
         assert got["1.mlp"][channel].item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def test_flap_weights_squares_by_the_variance_of_inputs() -> None:
+    model, space, modules = parts("width")
+    inputs = []
+    writer = modules["model.layers.1.mlp.down_proj"]
+    writer.register_forward_pre_hook(lambda m, args: inputs.append(args[0].double().flatten(0, 1)))
+    got = scores.flap(space, modules, lambda ids: model(input_ids=ids), [IDS, IDS + 1])
+    variance = torch.cat(inputs).var(0, correction=0)
+    wanted = writer.weight.double().square().sum(0) * variance
+    torch.testing.assert_close(got["1.mlp"].double(), wanted.detach(), rtol=1e-4, atol=0.0)
+
+
 def test_disp_scores_rows_of_writers_and_columns_of_readers() -> None:
     _, space, modules = parts("disp")
     got = scores.magnitude(space, modules)
@@ -60,6 +71,33 @@ def test_taylor_is_the_slope_of_the_loss() -> None:
         assert got[name][group].item() == pytest.approx(slope, rel=2e-2)
 
 
+def test_second_order_taylor_follows_the_expansion() -> None:
+    model, space, _ = parts("width")
+    attachment = attach(model, space)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    batches = [IDS, IDS + 1, IDS + 2]
+    got = scores.taylor(space, attachment.masks, loss, batches, order=2)
+    leaf = attachment.masks["1.mlp"].requires_grad_(True)
+    gradients = torch.stack([torch.autograd.grad(loss(ids), leaf)[0].double() for ids in batches])
+    wanted = (gradients.mean(0) - gradients.square().mean(0) / 2).abs()
+    torch.testing.assert_close(got["1.mlp"].double(), wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_standard_ranking_compares_z_scores_over_blocks() -> None:
+    _, space, modules = parts("width")
+    raw = scores.magnitude(space, modules)
+    raw["1.mlp"] = raw["1.mlp"] * 100.0 + 7.0  # another block's scale must not matter
+    plain = rank(scores.magnitude(space, modules), space, "standard", (0, 0))
+    scaled = rank(raw, space, "standard", (0, 0))
+    torch.testing.assert_close(plain, scaled, rtol=0.0, atol=0.01)
+    z = {k: (v - v.mean()) / v.std(correction=0) for k, v in raw.items()}
+    (a, b), (c, d) = ("0.mlp", 3), ("2.kv", 1)
+    assert (z[a][b] > z[c][d]) == (scaled[a][b] > scaled[c][d])
+
+
 def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> None:
     _, space, modules = parts("width")
     raw = scores.magnitude(space, modules)
@@ -72,7 +110,7 @@ def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> N
     assert default_protect(30) == (3, 1)
 
 
-@pytest.mark.parametrize("how", ["block", "global"])
+@pytest.mark.parametrize("how", ["block", "global", "standard"])
 @pytest.mark.parametrize("name", ["width", "disp"])
 def test_starting_logits_reproduce_the_decision(name: str, how: str) -> None:
     _, space, modules = parts(name)

@@ -17,7 +17,9 @@ def learner(**changes: object) -> DecisionLearner:
     model = runs.peft_model()
     config = runs.config(init="ones", **changes)
     space = build_space(discover(model), config.space, round_to=1)
-    return DecisionLearner(config, attach(model, space), Schedule.of(config, 20), None)
+    made = DecisionLearner(config, attach(model, space), Schedule.of(config, 20), lambda: None)
+    made.start()
+    return made
 
 
 @pytest.mark.parametrize("space", ["width", "disp"])
@@ -103,3 +105,51 @@ def test_noise_is_centred_private_and_reproducible() -> None:
     assert torch.equal(before, torch.get_rng_state())
     assert abs(first.mean().item()) < 0.02
     assert first.std().item() == pytest.approx(torch.pi / 6**0.5, rel=0.02)
+
+
+def decided(share: float, **changes: object) -> tuple[DecisionLearner, list[int]]:
+    """A learner whose criterion prefers the groups of low index at its first call, and of high index later."""
+    calls: list[int] = []
+
+    def draw() -> dict[str, torch.Tensor]:
+        calls.append(made.step)
+        sign = 1.0 if len(calls) == 1 else -1.0
+        return {s.name: -sign * torch.linspace(-1, 1, s.size) for s in made.space.sets}
+
+    config = runs.config(freeze_at=share, **changes)
+    model = runs.peft_model()
+    made = DecisionLearner(
+        config, attach(model, build_space(discover(model), "width", round_to=1)), Schedule.of(config, 20), draw
+    )
+    made.start()
+    return made, calls
+
+
+def test_a_criterion_decides_by_the_weights_at_the_freeze_and_keeps_all_before() -> None:
+    made, calls = decided(0.5, decision="criterion")
+    for step in range(10):
+        made.begin_step(step)
+        assert all(m.all() for m in made.attachment.masks.values())
+        made.update_from_step()
+    made.begin_step(10)
+    assert (calls, made.frozen_at) == ([0, 10], 10)
+    assert made.attachment.masks["0.mlp"][-1] == 1.0
+    assert made.attachment.masks["0.mlp"][0] == 0.0
+    assert made.overlap()["mlp"] < 0.5
+
+
+def test_prune_then_tune_draws_once_and_overlaps_with_itself() -> None:
+    made, calls = decided(0.0, decision="criterion")
+    made.begin_step(0)
+    assert (calls, made.frozen_at) == ([0], 0)
+    assert made.overlap() == {"kv": 1.0, "mlp": 1.0}
+
+
+def test_free_logits_learn_without_a_network() -> None:
+    made, _ = decided(0.5, decision="logits", generator_lr=0.1)
+    before = {k: v.clone() for k, v in made.generator().items()}
+    made.begin_step(0)
+    sum(m[0] for m in made.attachment.masks.values()).backward()
+    made.update_from_step()
+    after = made.generator()
+    assert all(after[k][0] < before[k][0] for k in before), "a group that costs loss falls"
