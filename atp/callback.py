@@ -32,7 +32,8 @@ from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.space import Space, build_space
 from atp.training.calibration import Calibration, check_disjoint
-from atp.training.learner import DecisionLearner
+from atp.training.compensation import Compensation, load_compensated
+from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
 from atp.training.start import calibrate, start
@@ -241,8 +242,12 @@ class ATPCallback(TrainerCallback):
         self._checked_evaluation = False
         schedule = Schedule.of(self.config, state.max_steps)
         quiet = args.disable_tqdm or not state.is_world_process_zero
-        draw = partial(start, self.config, attachment, self._calibration, partial(self._loss, model), quiet)
-        self._learner = DecisionLearner(self.config, attachment, schedule, draw)
+        loss = partial(self._loss, model)
+        draw = partial(start, self.config, attachment, self._calibration, loss, quiet)
+        compensation = Compensation(
+            self.config.compensate, attachment, loss, self._calibration or (), revertible=args.load_best_model_at_end
+        )
+        self._learner = DecisionLearner(self.config, attachment, schedule, draw, compensation)
         if state.global_step > 0:
             self._learner.load_state(*self._load(self._resumed_from(args, state), args, state))
         else:
@@ -323,6 +328,8 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
         raise CheckpointError(f"{final}: holds a decision for another model: give the base model it was trained on")
     attachment = attach(model, space)
     attachment.set_masks(masks)
+    changed = {k.removeprefix(COMPENSATED): v for k, v in tensors.items() if k.startswith(COMPENSATED)}
+    load_compensated(attachment, changed)
     return attachment
 
 

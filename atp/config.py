@@ -18,7 +18,8 @@ from atp.errors import ConfigError
 SPACES = ("width", "disp")
 MODES = ("joint", "alternating")
 DECISIONS = ("generator", "logits", "criterion")
-CRITERIA = ("activation", "flap", "magnitude", "taylor", "taylor2", "random")
+CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "random")
+COMPENSATIONS = ("auto", "weights", "bias", "none")
 RANKINGS = ("block", "global", "standard")
 
 
@@ -42,10 +43,15 @@ class ATPConfig:
             calibration data every `generator_every` steps (the paper's way).
         init: the criterion whose on-budget decision the generator starts from, or `"ones"` for nothing pruned.
         init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model by score per parameter,
-            `"standard"` over the whole model by z-score inside each block and kind (FLAP's way).
-        protect: how many first and last blocks the starting decision leaves whole; `None` means the first tenth
-            and the last thirtieth of the blocks. The generator may prune them later.
+            `"standard"` over the whole model by z-score inside each block and kind; `None` takes what suits `init`
+            (`criteria.ranking.SUITABLE`).
+        protect: how many first and last blocks the starting decision leaves whole; `None` means none for criteria
+            whose scores compare over blocks (`surgeon`), else the first tenth and the last thirtieth. The generator
+            may prune them later.
         freeze_at: share of the training steps after which the decision is final, in [0, 1].
+        compensate: what the final decision leaves stands in for what it takes: `"weights"` refits kept columns in the
+            least-squares sense, `"bias"` adds the mean of what is lost (FLAP's way), `"none"` does nothing, `"auto"` is
+            `"weights"` where base weights are floating point and `"none"` where they are quantised.
         on_budget: project every hard decision onto the budget, not only the frozen one.
         budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)).
         budget_ramp: share of the steps before the freeze over which the budget grows from nothing to `sparsity`
@@ -79,9 +85,10 @@ class ATPConfig:
     mode: str = "joint"
     generator_every: int = 1
     init: str = "activation"
-    init_ranking: str = "block"
+    init_ranking: str | None = None
     protect: tuple[int, int] | None = None
     freeze_at: float = 0.6
+    compensate: str = "auto"
     on_budget: bool = True
     budget_weight: float = 5.0
     budget_ramp: float = 0.5
@@ -114,7 +121,8 @@ class ATPConfig:
             ("decision", self.decision in DECISIONS, f"one of {', '.join(DECISIONS)}"),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
             ("init", self.init in (*CRITERIA, "ones"), f"one of {', '.join(CRITERIA)}, ones"),
-            ("init_ranking", self.init_ranking in RANKINGS, f"one of {', '.join(RANKINGS)}"),
+            ("init_ranking", self.init_ranking in (None, *RANKINGS), f"one of {', '.join(RANKINGS)}, or null"),
+            ("compensate", self.compensate in COMPENSATIONS, f"one of {', '.join(COMPENSATIONS)}"),
             ("round_to", self.round_to is None or _positive_int(self.round_to), "a positive integer or null"),
             ("protect", _is_protect(self.protect), "two non-negative integers or null"),
             ("freeze_at", _number(self.freeze_at) and 0 <= self.freeze_at <= 1, "a number in [0, 1]"),
@@ -162,6 +170,7 @@ class ATPConfig:
         settings: dict[str, Any] = {
             "mode": "alternating",
             "init": "ones",
+            "compensate": "none",
             "on_budget": False,
             "budget_weight": 5.0,
             "budget_ramp": 0.0,

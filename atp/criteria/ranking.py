@@ -14,15 +14,25 @@ from torch import Tensor
 from atp.structure.space import Space
 
 
-def rank(scores: Mapping[str, Tensor], space: Space, how: str, protect: tuple[int, int] | None) -> dict[str, Tensor]:
+SUITABLE = {"surgeon": "global", "flap": "standard"}
+"""The ranking that suits a criterion, where it is not `"block"`: `surgeon` is in nats of loss whatever the block, FLAP's
+authors standardise. The scores of the others mean nothing across blocks: ranked globally they remove whole blocks."""
+
+
+def suitable_protect(criterion: str, blocks: int) -> tuple[int, int]:
+    """How many first and last blocks to protect: none where the criterion sees for itself what they are worth."""
+    return (0, 0) if criterion == "surgeon" else default_protect(blocks)
+
+
+def rank(scores: Mapping[str, Tensor], space: Space, how: str, protect: tuple[int, int]) -> dict[str, Tensor]:
     """Values in (0, 1), `(size,)` per set; the sets of protected blocks lie in (1, 2) and so are pruned last.
 
     Args:
         how: `"block"`, `"global"` or `"standard"`.
-        protect: numbers of first and last blocks to protect, or None for `default_protect`.
+        protect: numbers of first and last blocks to protect.
     """
     blocks = len(space.structure.blocks)
-    first, last = default_protect(blocks) if protect is None else protect
+    first, last = protect
     if how == "block":
         ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets}
     else:

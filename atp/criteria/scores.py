@@ -2,6 +2,9 @@
 
 activation  sum over a group's weights of |W_ij| * ||x_j||  (Wanda, arXiv 2306.11695, summed over the group)
 flap        sum over a group's weights of W_ij^2 * var(x_j)  (FLAP, arXiv 2312.11983: what a bias cannot make up for)
+surgeon     what the loss rises by when groups go one after the other and the rest of the layer is refitted (optimal
+            brain surgeon with K-FAC curvature, see `surgeon.py`); for written dimensions, which nothing can make up
+            for, mean(d^2) mean(y^2) / 2
 magnitude   sum over a group's weights of |W_ij|
 taylor      |g|, g = dL/dm of the group's mask at m = 1, averaged over batches (LLM-Pruner, arXiv 2305.11627)
 taylor2     |mean(g) - mean(g^2) / 2|: the second-order expansion of L(m = 1) - L(m = 0) with the Fisher diagonal in
@@ -12,13 +15,15 @@ Weights are read where the masked model applies the mask: the columns of the lay
 rows of the layer that writes it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atp.criteria.statistics import Moments, input_moments
+from atp.criteria.statistics import Batches, Moments, curvatures, input_moments
+from atp.criteria.surgeon import removal_costs, square_root
 from atp.structure.live import base_layer, dequantised_weight
 from atp.structure.space import PrunableLinear, Space
 
@@ -31,22 +36,49 @@ def magnitude(space: Space, modules: Modules) -> dict[str, Tensor]:
     return _summed(space, lambda path: _weight(modules[path]).abs())
 
 
-def activation(
-    space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]
-) -> dict[str, Tensor]:
+def activation(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches) -> dict[str, Tensor]:
     """Activation-weighted magnitude; `forward(batch)` runs the model once."""
     moments = _moments(space, modules, forward, batches)
     return _summed(space, lambda path: _weight(modules[path]).abs() * moments[path].squares.sqrt())
 
 
-def flap(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]) -> dict[str, Tensor]:
+def flap(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches) -> dict[str, Tensor]:
     """Fluctuation of what each group contributes; `forward(batch)` runs the model once."""
     moments = _moments(space, modules, forward, batches)
     return _summed(space, lambda path: _weight(modules[path]).square() * moments[path].variance)
 
 
+def surgeon(
+    space: Space, modules: Modules, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Batches
+) -> dict[str, Tensor]:
+    """What the loss rises by, nats a token, when a group goes after all cheaper ones and the layer is refitted.
+
+    Args:
+        masks: the model's live mask leaves, all ones.
+    """
+    scores: dict[str, Tensor] = {}
+    linears = {linear.path: linear for linear in _masked(space)}
+    readers = Counter(linear.cols.set for linear in linears.values() if linear.cols is not None and linear.mask_cols)
+    weighed: dict[str, list[Tensor]] = {name: [] for name in readers}
+    leaves = [masks[s.name].requires_grad_(True) for s in space.sets]
+    for path, found in curvatures({path: modules[path] for path in linears}, loss, leaves, batches):
+        linear, weight = linears[path], _weight(modules[path]).to(found.inputs.device)
+        if linear.rows is not None and linear.mask_rows:
+            loss_of_row = (weight * (weight @ found.inputs)).sum(1) * found.gradients.diagonal() / 2
+            sums = torch.zeros(int(linear.rows.owner.max()) + 1)
+            scores[linear.rows.set] = sums.index_add_(0, linear.rows.owner, loss_of_row.cpu())
+        if linear.cols is not None and linear.mask_cols:
+            name = linear.cols.set  # all that read the same inputs (q, k and v) are one layer here
+            weighed[name].append(square_root(found.gradients / 2) @ weight)
+            if len(weighed[name]) == readers[name]:
+                scores[name] = removal_costs(torch.cat(weighed.pop(name)), found.inputs, linear.cols.owner)
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    return scores
+
+
 def taylor(
-    space: Space, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Iterable[Any], order: int = 1
+    space: Space, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Batches, order: int = 1
 ) -> dict[str, Tensor]:
     """Taylor expansion of the loss in each group's mask; `loss(batch)` is a scalar under `masks`.
 
@@ -76,9 +108,7 @@ def random(space: Space, seed: int) -> dict[str, Tensor]:
     return {s.name: torch.rand(s.size, generator=generator) for s in space.sets}
 
 
-def _moments(
-    space: Space, modules: Modules, forward: Callable[[Any], object], batches: Iterable[Any]
-) -> dict[str, Moments]:
+def _moments(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches) -> dict[str, Moments]:
     return input_moments({linear.path: modules[linear.path] for linear in _masked(space)}, forward, batches)
 
 

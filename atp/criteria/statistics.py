@@ -1,15 +1,20 @@
-"""Statistics of what linear layers read: one pass over calibration batches, nothing kept but sums.
+"""Statistics of what linear layers read, and of the loss's slope at what they write, over calibration batches.
 
-Every token counts the same, padding included: give calibration rows that fill their windows.
+Nothing is kept but sums. Every token counts the same, padding included: give calibration rows that fill their windows.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from atp.structure.live import base_layer
+
+Batches = Iterable[Any]
+"""Batches that can be passed through the model more than once."""
 
 
 @dataclass(eq=False)
@@ -32,7 +37,7 @@ class Moments:
 
 
 def input_moments(
-    layers: Mapping[str, nn.Module], forward: Callable[[Any], object], batches: Iterable[Any]
+    layers: Mapping[str, nn.Module], forward: Callable[[Any], object], batches: Batches
 ) -> dict[str, Moments]:
     """First and second moments of the inputs of `layers`, by name; `forward(batch)` runs the model once."""
     moments: dict[str, Moments] = {}
@@ -68,3 +73,114 @@ def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor],
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass(eq=False)
+class Curvature:
+    """Kronecker factors of the loss's curvature in a layer's weight (K-FAC, arXiv 1503.05671), means over tokens.
+
+    Attributes:
+        inputs: mean of x xᵀ over tokens, `(in_features, in_features)`, float32, where the layer computes.
+        gradients: mean of d dᵀ, d the gradient of the summed loss with respect to the layer's output,
+            `(out_features, out_features)`.
+    """
+
+    inputs: Tensor
+    gradients: Tensor
+
+
+def curvatures(
+    layers: Mapping[str, nn.Module],
+    loss: Callable[[Any], Tensor],
+    leaves: Sequence[Tensor],
+    batches: Batches,
+    budget_bytes: int = 8 << 30,
+) -> Iterator[tuple[str, Curvature]]:
+    """Curvature of each of `layers`, by name, in their order.
+
+    No more than `budget_bytes` of factors are held at a time: beyond that the rows are passed through again.
+
+    Args:
+        loss: the model's mean loss on one batch.
+        leaves: tensors that require gradients and that every layer's output depends on.
+    """
+    waiting = dict(layers)
+    while waiting:
+        ready = _first_that_fit(waiting, budget_bytes)
+        tokens = dict.fromkeys(ready, 0)
+        now = {name: waiting.pop(name) for name in ready}
+        with _watched_curvature(now, ready, tokens):
+            for batch in batches:
+                torch.autograd.grad(loss(batch), leaves)
+        while ready:
+            name = next(iter(ready))
+            found = ready.pop(name)
+            found.inputs /= max(tokens[name], 1)
+            found.gradients /= max(tokens[name], 1)
+            yield name, found
+
+
+def input_grams(
+    layers: Mapping[str, nn.Module],
+    forward: Callable[[Any], object],
+    batches: Batches,
+    budget_bytes: int = 8 << 30,
+) -> Iterator[tuple[str, Tensor]]:
+    """As `curvatures`, but only sums of x xᵀ, `(in_features, in_features)`, from forward passes."""
+    waiting = dict(layers)
+    while waiting:
+        ready = {name: c.inputs for name, c in _first_that_fit(waiting, budget_bytes).items()}
+
+        def see(name: str, x: Tensor, ready: dict[str, Tensor] = ready) -> None:
+            ready[name].addmm_(x.T, x)
+
+        with torch.no_grad(), watched_inputs({name: waiting.pop(name) for name in ready}, see):
+            for batch in batches:
+                forward(batch)
+        while ready:
+            name = next(iter(ready))
+            yield name, ready.pop(name)
+
+
+@contextmanager
+def _watched_curvature(
+    layers: Mapping[str, nn.Module], found: Mapping[str, Curvature], tokens: dict[str, int]
+) -> Iterator[None]:
+    """Add to `found` and `tokens` with every forward and backward pass."""
+
+    def hook(name: str) -> Callable:
+        def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            x = inputs[0].detach().flatten(0, -2).float()
+            found[name].inputs.addmm_(x.T, x)
+            tokens[name] += len(x)
+
+            def backward_hook(gradient: Tensor) -> None:
+                d = gradient.flatten(0, -2).float() * len(x)  # of the summed loss, not of the mean
+                found[name].gradients.addmm_(d.T, d)
+
+            output.register_hook(backward_hook)
+
+        return forward_hook
+
+    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_that_fit(waiting: Mapping[str, nn.Module], budget_bytes: int) -> dict[str, Curvature]:
+    """Zeros for the first layers that fit the budget; for at least one."""
+    ready: dict[str, Curvature] = {}
+    held = 0
+    for name, layer in waiting.items():
+        base = base_layer(layer)
+        held += 4 * (base.in_features**2 + base.out_features**2)
+        if ready and held > budget_bytes:
+            break
+        inputs, gradients = (
+            torch.zeros(size, size, device=base.weight.device) for size in (base.in_features, base.out_features)
+        )
+        ready[name] = Curvature(inputs, gradients)
+    return ready

@@ -11,7 +11,6 @@ The live model is left bit for bit as it was. Not covered: DoRA or `lora_bias` o
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeGuard
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
-from atp.structure.live import dequantised_weight
+from atp.structure.live import dequantised_weight, is_quantised
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
 
 SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
@@ -106,7 +105,7 @@ def _modules(module: nn.Module, path: str, dtype: torch.dtype) -> Iterator[tuple
     if isinstance(module, BaseTunerLayer):
         yield path, _merged(module, path, dtype)
         return
-    if _is_quantised(module):
+    if isinstance(module, nn.Linear) and is_quantised(module):
         yield path, _dequantised(module, path, dtype)
         return
     yield path, _own_tensors(module)
@@ -136,7 +135,7 @@ def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
 def _merged(layer: BaseTunerLayer, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Base tensors with the active adapters added, by PEFT's own `merge` on a float32 copy of the base."""
     base = layer.get_base_layer()
-    if _is_quantised(base):
+    if is_quantised(base):
         return _merged_quantised(layer, base, path, dtype)
     parameters = dict(base.named_parameters(recurse=False))
     originals = {name: parameter.data for name, parameter in parameters.items()}
@@ -168,14 +167,6 @@ def _merged_quantised(layer: BaseTunerLayer, base: nn.Linear, path: str, dtype: 
     for name in active:
         own["weight"] = own["weight"] + layer.get_delta_weight(name).float()
     return {name: tensor.to(dtype) for name, tensor in own.items()}
-
-
-def _is_quantised(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a linear layer's weight is stored packed or as integers."""
-    if not isinstance(module, nn.Linear):
-        return False
-    shape = (module.out_features, module.in_features)
-    return tuple(module.weight.shape) != shape or not module.weight.is_floating_point()
 
 
 def _dequantised(module: nn.Linear, path: str, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -70,10 +70,19 @@ def compacted(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) ->
     if head is not None and head.weight is embedding.weight and not _still_tied(compact, tensors):
         compact.config.tie_word_embeddings = False
         head.weight = nn.Parameter(torch.empty_like(head.weight))
+    tensors |= _zero_biases(compact, tensors)
     compact.load_state_dict(tensors, strict=True, assign=True)
     compact.tie_weights()
     compact.generation_config = copy.deepcopy(lm.generation_config)
     return compact
+
+
+def _zero_biases(compact: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Biases of layers that got none, in models where the same layer of another block did."""
+    blocks = compact.config.atp.get("blocks", {})
+    ends = tuple(f".{path}.bias" for path in blocks.get("biases", ()))
+    missing = {name: p for name, p in compact.named_parameters() if name.endswith(ends) and name not in tensors}
+    return {n: torch.zeros(p.shape, dtype=tensors[n.removesuffix("bias") + "weight"].dtype) for n, p in missing.items()}
 
 
 def _still_tied(compact: PreTrainedModel, tensors: Mapping[str, Tensor]) -> bool:

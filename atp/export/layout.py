@@ -17,6 +17,7 @@ from atp.errors import UnsupportedModelError
 from atp.export import modeling_atp
 from atp.export.compaction import SELECTIONS
 from atp.structure.discovery import Block, plain_config
+from atp.structure.live import base_layer
 from atp.structure.space import KV, MLP, Space
 
 FORMAT = 1
@@ -32,19 +33,21 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
     """
     source = _source_config(lm)
     kept = _kept_counts(space, masks)
-    if is_plain(space, masks):
+    with torch.device("meta"):
+        stock = type(lm)(source)
+    if is_plain(space, masks) and not _added_biases(lm, stock, space):
         attention = space.structure.blocks[0].attention
         config, model_class = plain_config(source, attention, kept[KV][0], kept[MLP][0]), type(lm)
         blocks = None
     else:
         model_class = _pruned_class(type(lm))
-        config, blocks = model_class.config_class.from_dict(source.to_dict()), _blocks(space, kept)
+        config = model_class.config_class.from_dict(source.to_dict())
+        blocks = _blocks(space, kept, _added_biases(lm, stock, space))
     entry = {"format": FORMAT, "space": space.name, "sparsity": round(space.sparsity(masks), 6)}
     config.atp = entry | ({"blocks": blocks} if blocks else {})
     with torch.device("meta"):
         model = model_class(config)
-        before = type(lm)(source).num_parameters()
-    config.atp["parameters"] = {"before": before, "after": model.num_parameters()}
+    config.atp["parameters"] = {"before": stock.num_parameters(), "after": model.num_parameters()}
     return model
 
 
@@ -55,6 +58,15 @@ def is_plain(space: Space, masks: Mapping[str, Tensor]) -> bool:
     kept = _kept_counts(space, masks)
     same = all(len(set(counts)) == 1 for counts in kept.values())
     return same and kept[KV][0] in space.structure.plain_kv_heads
+
+
+def _added_biases(lm: PreTrainedModel, stock: PreTrainedModel, space: Space) -> set[str]:
+    """Paths of linear layers that have a bias where the family has none: it compensates for what was pruned."""
+    return {
+        linear.path
+        for linear in space.linears
+        if base_layer(lm.get_submodule(linear.path)).bias is not None and stock.get_submodule(linear.path).bias is None
+    }
 
 
 def _source_config(lm: PreTrainedModel) -> PreTrainedConfig:
@@ -79,10 +91,16 @@ def _pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         ) from None
 
 
-def _blocks(space: Space, kept: dict[str, list[int]]) -> dict[str, Any]:
-    """The table that `modeling_atp` builds from; every block must have the same modules."""
+def _blocks(space: Space, kept: dict[str, list[int]], biases: set[str]) -> dict[str, Any]:
+    """The table that `modeling_atp` builds from; every block must have the same modules.
+
+    A layer with an added bias in one block has it in all: blocks that need none keep zeros.
+    """
     first = space.structure.blocks[0]
     linears = _linear_owners(space, first)
+    biased = sorted(
+        {_inside(block, path) for block in space.structure.blocks for path in biases if _is_in(block, path)}
+    )
     for block in space.structure.blocks:
         if _linear_owners(space, block) != linears:
             raise UnsupportedModelError(f"{block.path}: its linear layers differ from those of {first.path}")
@@ -94,6 +112,7 @@ def _blocks(space: Space, kept: dict[str, list[int]]) -> dict[str, Any]:
         "full": {kind: [s.size for s in space.sets if s.kind == kind] for kind in space.kinds},
         "kept": kept,
         "linears": linears,
+        "biases": biased,
         "norms": norms,
         "selections": {parts[part]: list(SELECTIONS[part]) for part in parts} if space.name == "disp" else {},
     }
@@ -103,10 +122,14 @@ def _linear_owners(space: Space, block: Block) -> dict[str, dict[str, str]]:
     kinds = {s.name: s.kind for s in space.sets}
     owners = {}
     for linear in space.linears:
-        if linear.path.startswith(f"{block.path}."):
+        if _is_in(block, linear.path):
             sides = {"rows": linear.rows, "cols": linear.cols}
             owners[_inside(block, linear.path)] = {side: kinds[axis.set] for side, axis in sides.items() if axis}
     return owners
+
+
+def _is_in(block: Block, path: str) -> bool:
+    return path.startswith(f"{block.path}.")
 
 
 def _inside(block: Block, path: str) -> str:

@@ -10,6 +10,7 @@ folder that no stock class can hold; `trust_remote_code=True` finds it there. Wh
     container: path of the list of blocks.        attention: path of the attention inside a block.
     full, kept: per kind of group, how many each block had and has: {"kv": [3, 3], "mlp": [96, 96]}.
     linears: per linear layer, which kind owns its rows (outputs) and its columns (inputs).
+    biases: linear layers that have a bias although the family's have none.
     norms: per norm over all heads, the kind that owns its features.
     selections: per attention or MLP, the kinds of residual dimensions it reads and writes. It then sees only the
         dimensions in its buffer `residual_in`, and adds to those in `residual_out`; the others get zeros.
@@ -70,6 +71,9 @@ def resize(model: PreTrainedModel, layout: dict) -> None:
             _shrink_linear(
                 linear, size(linear.out_features, owner.get("rows")), size(linear.in_features, owner.get("cols"))
             )
+        for path in layout.get("biases", ()):
+            linear = block.get_submodule(path)
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=linear.weight.device))
         for path, kind in layout["norms"].items():
             norm = block.get_submodule(path)
             norm.weight = nn.Parameter(norm.weight.detach()[: size(len(norm.weight), kind)].clone())

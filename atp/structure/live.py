@@ -1,6 +1,7 @@
 """Reaching into a live model: past PEFT's wrapper to the causal LM, past a LoRA layer to its base layer."""
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -19,9 +20,25 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def base_layer(module: nn.Module) -> nn.Module:
+def base_layer(module: nn.Module) -> nn.Linear:
     """The layer that holds the base weight: `module` itself, or what a PEFT layer wraps."""
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[return-value]
+
+
+def adapter_delta(module: nn.Module) -> Tensor | float:
+    """What a LoRA layer's active adapters add to its weight, `(out_features, in_features)`, float32; else 0."""
+    if not isinstance(module, LoraLayer) or module.merged or module.disable_adapters:
+        return 0.0
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    return sum((module.get_delta_weight(name).detach().float() for name in active), 0.0)
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is stored packed or as integers."""
+    if not isinstance(module, nn.Linear):
+        return False
+    shape = (module.out_features, module.in_features)
+    return tuple(module.weight.shape) != shape or not module.weight.is_floating_point()
 
 
 def dequantised_weight(layer: nn.Module) -> Tensor:

@@ -19,10 +19,14 @@ from atp.generator.sampling import add_noise, soften, straight_through, threshol
 from atp.layers import Attachment
 from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
+from atp.training.compensation import Compensation
 from atp.training.losses import budget_loss
 from atp.training.schedule import Schedule
 
 Masks = dict[str, Tensor]
+
+COMPENSATED = "compensated."
+"""Prefix of changed base weights in saved state."""
 
 
 class DecisionLearner:
@@ -33,16 +37,22 @@ class DecisionLearner:
         schedule: what each step uses.
         draw: gives logits of `config.init` for the model as it is, `(size,)` per group set, or None for all ones
             (`config.logit_bias`).
+        compensation: applied when the decision becomes final.
     """
 
     def __init__(
-        self, config: ATPConfig, attachment: Attachment, schedule: Schedule, draw: Callable[[], Masks | None]
+        self,
+        config: ATPConfig,
+        attachment: Attachment,
+        schedule: Schedule,
+        draw: Callable[[], Masks | None],
+        compensation: Compensation,
     ) -> None:
         self.config, self.attachment, self.schedule = config, attachment, schedule
         self.space = attachment.space
         device = next(iter(attachment.masks.values())).device
         self.generator = _emitter(config, self.space).to(device)
-        self._draw = draw
+        self._draw, self._compensation = draw, compensation
         trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
         self._random = torch.Generator().manual_seed(config.seed)
@@ -117,6 +127,9 @@ class DecisionLearner:
             self._set_start()
         decision = self.decision(final=True)
         self.attachment.require_gradients(False)
+        if self.step > 0:  # LoRA has learned under masks: what layers read under them counts
+            self.attachment.set_masks(decision)
+        self._compensation.apply(decision)
         self.attachment.set_masks(decision)
         self.frozen_at = self.step
         self._noisy = None
@@ -160,6 +173,7 @@ class DecisionLearner:
             tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
         tensors |= {f"decision.{k}": v for k, v in self._decision.items()}
         tensors |= {f"first.{k}": v for k, v in self._first.items()}
+        tensors |= {f"{COMPENSATED}{k}": v for k, v in self._compensation.state().items()}
         tensors["random"] = self._random.get_state()
         return tensors, {"step": self.step, "frozen_at": self.frozen_at}
 
@@ -174,6 +188,7 @@ class DecisionLearner:
         self._random.set_state(tensors["random"])
         self._decision = _under(tensors, "decision.")
         self._first = _under(tensors, "first.")
+        self._compensation.load_state(_under(tensors, COMPENSATED))
         self.step, self.frozen_at = values["step"], values["frozen_at"]
         self._noisy = None
         self.attachment.require_gradients(False)

@@ -9,19 +9,19 @@ from tqdm.auto import tqdm
 
 from atp.config import ATPConfig
 from atp.criteria import scores
-from atp.criteria.ranking import rank, starting_logits
+from atp.criteria.ranking import SUITABLE, rank, starting_logits, suitable_protect
 from atp.layers import Attachment
 from atp.structure.budget import project
 from atp.training.calibration import Calibration, hold_out
 
-_MEASURED = ("activation", "flap", "taylor", "taylor2")
+_MEASURED = ("activation", "flap", "surgeon", "taylor", "taylor2")
 """Criteria that look at calibration rows."""
 
 
 def calibrate(config: ATPConfig, given: Any, loader: DataLoader) -> Calibration | None:
     """The calibration rows of a run: those given, else rows held out of `loader`; None where none are needed."""
     passes = config.mode == "alternating" and config.decision != "criterion"
-    if not passes and config.init not in _MEASURED:
+    if not passes and config.init not in _MEASURED and config.compensate == "none":
         return None
     rows = given
     if rows is None:
@@ -46,7 +46,9 @@ def start(
     if config.init == "ones":
         return None
     space = attachment.space
-    ranked = rank(_scores(config, attachment, calibration, loss, quiet), space, config.init_ranking, config.protect)
+    how = config.init_ranking or SUITABLE.get(config.init, "block")
+    protect = suitable_protect(config.init, len(space.structure.blocks)) if config.protect is None else config.protect
+    ranked = rank(_scores(config, attachment, calibration, loss, quiet), space, how, protect)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
 
@@ -65,5 +67,7 @@ def _scores(
     batches = tqdm(calibration, desc=f"atp: {config.init} scores", leave=False, disable=quiet)
     if config.init in ("taylor", "taylor2"):
         return scores.taylor(space, attachment.masks, loss, batches, order=2 if config.init == "taylor2" else 1)
+    if config.init == "surgeon":
+        return scores.surgeon(space, attachment.modules, attachment.masks, loss, batches)
     by_inputs = {"activation": scores.activation, "flap": scores.flap}[config.init]
     return by_inputs(space, attachment.modules, loss, batches)

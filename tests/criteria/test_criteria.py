@@ -5,6 +5,8 @@ import torch
 
 from atp.criteria import scores
 from atp.criteria.ranking import default_protect, rank, starting_logits
+from atp.criteria.statistics import curvatures
+from atp.criteria.surgeon import refitted, removal_costs
 from atp.layers import attach
 from atp.structure.budget import project
 from atp.structure.discovery import discover
@@ -71,6 +73,113 @@ def test_taylor_is_the_slope_of_the_loss() -> None:
         assert got[name][group].item() == pytest.approx(slope, rel=2e-2)
 
 
+@pytest.mark.parametrize("name", ["width", "disp"])
+def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
+    """Oracle: least squares in float64 for every candidate, weighted by the loss's slope at the outputs."""
+    model, space, modules = parts(name)
+    attachment = attach(model, space)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    group_set, together = ("1.kv", ["o_proj"]) if name == "width" else ("1.mlp_in", ["gate_proj", "up_proj"])
+    layers = [modules[f"model.layers.1.{'self_attn' if n == 'o_proj' else 'mlp'}.{n}"] for n in together]
+    inputs, slopes = [], {n: [] for n in together}
+    handles = []
+    for n, layer in zip(together, layers, strict=True):
+
+        def watch(_module: object, args: tuple, output: torch.Tensor, n: str = n) -> None:
+            inputs.append(args[0].detach().double().flatten(0, 1))
+            output.register_hook(lambda d: slopes[n].append(d.double().flatten(0, 1) * 30))
+
+        handles.append(layer.register_forward_hook(watch))
+    attachment.require_gradients(True)
+    loss(IDS).backward()
+    attachment.require_gradients(False)
+    for handle in handles:
+        handle.remove()
+    got = scores.surgeon(space, modules, attachment.masks, loss, [IDS])
+    assert got.keys() == {s.name for s in space.sets}
+    x = inputs[0]
+    gram = x.T @ x / len(x)
+    gram = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    owner = torch.arange(32) // 16 if name == "width" else torch.arange(32)
+    first = got[group_set].argmin().item()
+    costs = []
+    for group in range(int(owner.max()) + 1):
+        gone, kept = (owner == group).nonzero().flatten(), (owner != group).nonzero().flatten()
+        cost = 0.0
+        for n, layer in zip(together, layers, strict=True):
+            weight = layer.weight.detach().double()
+            change = torch.zeros_like(weight)
+            change[:, kept] = weight[:, gone] @ torch.linalg.solve(gram[kept][:, kept], gram[kept][:, gone]).T
+            change[:, gone] = -weight[:, gone]
+            slope = slopes[n][0].T @ slopes[n][0] / len(x)
+            cost += torch.trace(slope @ change @ gram @ change.T).item() / 2
+        costs.append(cost)
+    assert costs.index(min(costs)) == first
+    assert got[group_set][first].item() == pytest.approx(min(costs), rel=1e-3)
+
+
+def test_costs_follow_the_order_in_which_groups_go() -> None:
+    """Oracle: the greedy order by brute force, every candidate refitted from scratch in float64."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(24, 24, generator=generator, dtype=torch.float64)
+    x = torch.randn(400, 24, generator=generator, dtype=torch.float64) @ mixing
+    weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
+    gram = x.T @ x / len(x)
+    damped = gram + 1e-2 * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    owner = torch.arange(24) // 3
+    left, order = list(range(8)), []
+
+    def cost(group: int) -> float:
+        kept = torch.isin(owner, torch.tensor([g for g in left if g != group])).nonzero().flatten()
+        change = -weight.clone()
+        if len(kept):
+            change[:, kept] += torch.linalg.solve(damped[kept][:, kept], (weight @ damped)[:, kept].T).T
+        return torch.trace(change @ damped @ change.T).item()
+
+    while left:
+        order.append(min(left, key=cost))
+        left.remove(order[-1])
+    costs = removal_costs(weight.float(), gram.float(), owner)
+    assert costs.argsort(stable=True).tolist() == order
+
+
+def test_refitting_is_the_best_that_the_kept_columns_can_do() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    weight, keep = torch.randn(5, 12, generator=generator), torch.arange(12) % 3 > 0
+    fitted = refitted(weight, x.T @ x / len(x), keep)
+    assert torch.equal(fitted[:, ~keep], weight[:, ~keep])
+
+    def error(columns: torch.Tensor) -> float:
+        return (x[:, keep] @ columns.T - x @ weight.T).square().sum().item()
+
+    best = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
+    assert error(best) <= error(fitted[:, keep]) < error(best) * 1.05
+    assert error(fitted[:, keep]) < 0.9 * error(weight[:, keep])
+
+
+def test_curvatures_do_not_depend_on_how_many_fit_at_a_time() -> None:
+    model, space, modules = parts("width")
+    attachment = attach(model, space)
+    attachment.require_gradients(True)
+    layers = {path: modules[path] for path in modules if path.endswith(("o_proj", "down_proj"))}
+
+    def gather(budget: int) -> dict:
+        leaves = list(attachment.masks.values())
+        return dict(
+            curvatures(layers, lambda ids: model(input_ids=ids, labels=ids).loss, leaves, [IDS, IDS + 1], budget)
+        )
+
+    whole, parted = gather(8 << 30), gather(1)
+    assert list(whole) == list(parted) == list(layers)
+    for path, found in whole.items():
+        torch.testing.assert_close(found.inputs, parted[path].inputs)
+        torch.testing.assert_close(found.gradients, parted[path].gradients)
+
+
 def test_second_order_taylor_follows_the_expansion() -> None:
     model, space, _ = parts("width")
     attachment = attach(model, space)
@@ -114,7 +223,7 @@ def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> N
 @pytest.mark.parametrize("name", ["width", "disp"])
 def test_starting_logits_reproduce_the_decision(name: str, how: str) -> None:
     _, space, modules = parts(name)
-    ranked = rank(scores.magnitude(space, modules), space, how, None)
+    ranked = rank(scores.magnitude(space, modules), space, how, (1, 1))
     decision = project(ranked, space, 0.4)
     logits = starting_logits(ranked, decision, 1.5)
     again = project(logits, space, 0.4)

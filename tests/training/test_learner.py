@@ -7,6 +7,7 @@ from atp.generator.sampling import add_noise, soften, straight_through, threshol
 from atp.layers import attach
 from atp.structure.discovery import discover
 from atp.structure.space import build_space
+from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
 from atp.training.losses import budget_loss
 from atp.training.schedule import Schedule
@@ -17,7 +18,9 @@ def learner(**changes: object) -> DecisionLearner:
     model = runs.peft_model()
     config = runs.config(init="ones", **changes)
     space = build_space(discover(model), config.space, round_to=1)
-    made = DecisionLearner(config, attach(model, space), Schedule.of(config, 20), lambda: None)
+    attachment = attach(model, space)
+    uncompensated = Compensation("none", attachment, lambda _: None, ())
+    made = DecisionLearner(config, attachment, Schedule.of(config, 20), lambda: None, uncompensated)
     made.start()
     return made
 
@@ -118,9 +121,9 @@ def decided(share: float, **changes: object) -> tuple[DecisionLearner, list[int]
 
     config = runs.config(freeze_at=share, **changes)
     model = runs.peft_model()
-    made = DecisionLearner(
-        config, attach(model, build_space(discover(model), "width", round_to=1)), Schedule.of(config, 20), draw
-    )
+    attachment = attach(model, build_space(discover(model), "width", round_to=1))
+    uncompensated = Compensation("none", attachment, lambda _: None, ())
+    made = DecisionLearner(config, attachment, Schedule.of(config, 20), draw, uncompensated)
     made.start()
     return made, calls
 

@@ -1,0 +1,100 @@
+"""Optimal brain surgeon for groups of inputs: what removing them costs when the rest makes up for it as best it can.
+
+A linear layer y = W x with G = mean of x xᵀ over calibration tokens (damped: G + ridge * mean(diag G) * I). Removing
+the inputs p and refitting the kept ones k in the least-squares sense changes the outputs by E x, and leaves,
+
+    E G Eᵀ = W_p ([G^-1]_pp)^-1 W_pᵀ,        W_k <- W_k - W_p ([G^-1]_pp)^-1 [G^-1]_pk  (= W_k + W_p G_pk G_kk^-1)
+
+(Hassibi and Stork 1993; for whole columns ZipLM, arXiv 2302.04089, and SlimGPT, arXiv 2412.18110). With S = mean of
+d dᵀ, d the loss's gradient at the output, that raises the loss by tr(S E G Eᵀ) / 2 nats a token (K-FAC; The LLM
+Surgeon, arXiv 2312.17244), so costs compare over blocks and kinds of group.
+"""
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-2
+"""Damping, relative to the mean diagonal of G. On SmolLM2-135M 1e-3 to 1e-1 differed by less than 2 % perplexity."""
+
+ROUNDS = 64
+"""Groups are removed in at most this many rounds, each on the weights that the round before has refitted."""
+
+
+def removal_costs(weight: Tensor, gram: Tensor, owner: Tensor) -> Tensor:
+    """What removing each group costs once all cheaper ones are gone, tr(E G Eᵀ), `(groups,)`, on the CPU.
+
+    Costs never fall along the order of removal, so that a threshold on them keeps what is removed last.
+
+    Args:
+        weight: `(out_features, in_features)`; for costs in loss, S^(1/2) times the weight.
+        gram: G, `(in_features, in_features)`.
+        owner: the group of each input, `(in_features,)`.
+    """
+    weight, inverse = weight.float().clone(), torch.linalg.inv(_damped(gram).double()).float()
+    groups = int(owner.max()) + 1
+    costs = torch.zeros(groups)
+    left = torch.arange(groups)
+    owner = owner.to(weight.device)
+    a_round = -(-groups // ROUNDS)
+    highest = torch.zeros(())
+    while len(left):
+        errors = _errors(weight, inverse, owner, left)
+        cheapest = errors.argsort(stable=True)[:a_round]
+        gone = left[cheapest]
+        costs[gone] = torch.maximum(errors[cheapest], highest).cummax(0).values
+        highest = costs[gone].max()
+        left = left[torch.isin(left, gone, invert=True)]
+        _remove(weight, inverse, torch.nonzero(torch.isin(owner, gone.to(owner.device))).flatten())
+    return costs
+
+
+def refitted(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
+    """`weight` with its kept columns refitted so that, without the others, outputs change least; float32.
+
+    Columns that are not kept stay as they are.
+
+    Args:
+        keep: which inputs stay, bool, `(in_features,)`.
+    """
+    weight = weight.float().clone()
+    kept, gone = torch.nonzero(keep).flatten(), torch.nonzero(~keep).flatten()
+    if len(kept) and len(gone):
+        damped = _damped(gram)
+        share = torch.linalg.solve(damped[kept][:, kept], damped[kept][:, gone])
+        weight[:, kept] += weight[:, gone] @ share.T
+    return weight
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """R with Rᵀ R = `matrix`, for a symmetric positive semi-definite one."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return (vectors * values.clamp_min(0.0).sqrt()).T.float()
+
+
+def _damped(gram: Tensor) -> Tensor:
+    mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    return gram + RIDGE * mean * torch.eye(len(gram), device=gram.device)
+
+
+def _errors(weight: Tensor, inverse: Tensor, owner: Tensor, groups: Tensor) -> Tensor:
+    """The error of removing each of `groups` alone, `(len(groups),)`."""
+    if len(owner) == int(owner.max()) + 1:
+        inputs = torch.empty_like(owner)
+        inputs[owner] = torch.arange(len(owner), device=owner.device)
+        own = inputs[groups.to(owner.device)]
+        return (weight[:, own].square().sum(0) / inverse.diagonal()[own]).cpu()
+    errors = []
+    for group in groups.tolist():
+        own = torch.nonzero(owner == group).flatten()
+        errors.append((weight[:, own] * torch.linalg.solve(inverse[own][:, own], weight[:, own].T).T).sum())
+    return torch.stack(errors).cpu()
+
+
+def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:
+    """Take inputs out of both in place, the rest refitted."""
+    step = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+    weight -= weight[:, gone] @ step
+    inverse -= inverse[:, gone] @ step
+    weight[:, gone] = 0.0
+    diagonal = inverse.diagonal()
+    diagonal[gone] = 1.0  # they are out; keeps later divisions finite

@@ -1,0 +1,130 @@
+"""Compensation. Oracles: outputs of the untouched layer; a float64 mean; the live masked model for what is exported."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from atp.callback import restore
+from atp.criteria.ranking import rank
+from atp.criteria.scores import magnitude
+from atp.errors import UnsupportedModelError
+from atp.export import export
+from atp.layers import attach
+from atp.structure.budget import project
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+from atp.training.compensation import Compensation
+from tests import families, runs, tiny
+
+IDS = [torch.randint(2, 384, (6, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+WRITER = "model.layers.2.mlp.down_proj"
+
+
+def attached(space: str = "width", how: str = "weights", uniform: bool = False) -> tuple:
+    """A tiny LoRA model, its decision, and a compensation that has not been applied."""
+    model = runs.peft_model().eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    table = build_space(discover(model), space, uniform, round_to=1)
+    attachment = attach(model, table)
+    decision = project(rank(magnitude(table, attachment.modules), table, "block", (0, 1)), table, 0.4)
+    compensation = Compensation(how, attachment, lambda ids: model(input_ids=ids), IDS)
+    return model, attachment, decision, compensation
+
+
+@pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_what_stays_stands_in_for_what_goes(space: str, how: str) -> None:
+    model, attachment, decision, compensation = attached(space, how)
+    layer, seen = attachment.modules[WRITER], {}
+    hook = layer.register_forward_pre_hook(lambda m, args: seen.setdefault("x", args[0].detach()))
+    model(input_ids=IDS[0])
+    hook.remove()
+    whole = layer(seen["x"])
+    attachment.set_masks(decision | ({"2.mlp_out": torch.ones(32)} if space == "disp" else {}))
+    before = (layer(seen["x"]) - whole).square().mean()
+    attachment.set_masks(attachment.space.full())
+    compensation.apply(decision)
+    attachment.set_masks(decision | ({"2.mlp_out": torch.ones(32)} if space == "disp" else {}))
+    after = (layer(seen["x"]) - whole).square().mean()
+    assert after < (0.9 if how == "weights" else 1.0) * before
+
+
+def test_the_bias_is_the_mean_of_what_is_lost() -> None:
+    _, attachment, decision, compensation = attached(how="bias")
+    layer, inputs = attachment.modules[WRITER], []
+    hook = layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().double().flatten(0, 1)))
+    compensation.apply(decision)
+    hook.remove()
+    gone = decision["2.mlp"] == 0
+    weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    wanted = weight[:, gone].double() @ torch.cat(inputs).mean(0)[gone]
+    torch.testing.assert_close(layer.get_base_layer().bias.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize(("space", "uniform"), [("width", False), ("width", True), ("disp", False)])
+def test_exported_equals_masked(space: str, uniform: bool, how: str, tmp_path) -> None:
+    model, attachment, decision, compensation = attached(space, how, uniform)
+    untouched = {k: v.clone() for k, v in model.state_dict().items()}
+    compensation.apply(decision)
+    attachment.set_masks(decision)
+    assert any(not torch.equal(v, untouched.get(k, torch.tensor(0.0))) for k, v in model.state_dict().items())
+    export(model, tmp_path / "pruned")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert families.relative_error(families.logits(loaded), families.logits(model)) <= 1e-5
+    assert (tmp_path / "pruned" / "modeling_atp.py").exists() == (not uniform or how == "bias")
+
+
+@pytest.mark.parametrize("how", ["weights", "bias"])
+def test_state_puts_the_same_weights_into_a_fresh_model(how: str) -> None:
+    model, attachment, decision, compensation = attached(how=how)
+    assert compensation.state() == {}
+    compensation.apply(decision)
+    attachment.set_masks(decision)
+    fresh, other, _, again = attached(how=how)
+    again.load_state(compensation.state())
+    other.set_masks(decision)
+    assert runs.same(dict(again.state()), dict(compensation.state()))
+    assert torch.equal(families.logits(fresh), families.logits(model))
+
+
+@pytest.mark.parametrize("how", ["weights", "bias"])
+def test_going_back_to_before(how: str) -> None:
+    model, attachment, decision, _ = attached(how=how)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    revertible = Compensation(how, attachment, lambda ids: model(input_ids=ids), IDS, revertible=True)
+    revertible.apply(decision)
+    assert not runs.same(before, dict(model.state_dict()))
+    revertible.load_state({})
+    assert runs.same(before, dict(model.state_dict()))
+
+
+def test_a_quantised_model_is_refused_or_left_alone() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    _, attachment, decision, _ = attached()
+    base = attachment.modules[WRITER].get_base_layer()
+    attachment.modules[WRITER].base_layer = bitsandbytes.nn.Linear8bitLt(
+        base.in_features, base.out_features, bias=False, has_fp16_weights=False
+    )
+    attachment.modules[WRITER].base_layer.weight = bitsandbytes.nn.Int8Params(
+        torch.zeros(base.weight.shape, dtype=torch.int8), requires_grad=False
+    )
+    with pytest.raises(UnsupportedModelError, match=r"down_proj: its weight is quantised: use 'bias' or 'auto'"):
+        Compensation("weights", attachment, lambda _: None, ())
+    automatic = Compensation("auto", attachment, lambda _: None, ())
+    automatic.apply(decision)
+    assert (automatic.how, automatic.state()) == ("none", {})
+
+
+@pytest.mark.parametrize("how", ["weights", "bias"])
+def test_a_finished_run_is_restored_with_its_changed_weights(how: str, tmp_path) -> None:
+    run = runs.trainer(tmp_path, runs.config(compensate=how))
+    run.train()
+    model = PeftModel.from_pretrained(tiny.model(), tmp_path / "final").eval()
+    restore(model, tmp_path / "final")
+    assert torch.equal(families.logits(model), families.logits(run.model.eval()))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    assert families.relative_error(families.logits(exported), families.logits(model)) <= 1e-5
