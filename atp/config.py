@@ -166,7 +166,10 @@ class ATPConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> "ATPConfig":
-        """The settings of ATP (arXiv 2412.14426): alternating, from all ones, b = 3, tau = 0.4, lambda = 5."""
+        """The settings of ATP (arXiv 2412.14426): alternating, from all ones, b = 3, tau = 0.4, lambda = 5.
+
+        Our Gumbel noise is centred and the paper's is not: its mean, 0.5772, is part of `logit_bias` here.
+        """
         settings: dict[str, Any] = {
             "mode": "alternating",
             "init": "ones",
@@ -174,7 +177,7 @@ class ATPConfig:
             "on_budget": False,
             "budget_weight": 5.0,
             "budget_ramp": 0.0,
-            "logit_bias": 3.0,
+            "logit_bias": 3.5772,
             "temperature": 0.4,
             "temperature_end": 0.4,
             "noise": 1.0,
