@@ -1,6 +1,7 @@
-"""The shell: `atp train | export | eval | inspect`.
+"""The shell: `atp train | export | eval | inspect | compare`.
 
-Exit status 0 on success; 2 on bad input, with one line on standard error that says what is wrong and what to do.
+Exit status 0 on success; 1 where a comparison has a failed run; 2 on bad input, with one line on standard error that
+says what is wrong and what to do.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 from huggingface_hub.utils import logging as hub_logging
 
-from atp.commands import evaluate, export, inspect, train
+from atp.commands import compare, evaluate, export, inspect, train
 from atp.errors import ATPError, ConfigError
 
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
     parser = _Parser(prog="atp", description="All-in-one LoRA tuning and structural pruning of causal language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, export, evaluate, inspect):
+    for command in (train, export, evaluate, inspect, compare):
         command.add(commands)
     return parser
 
@@ -42,14 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json and not Path(arguments.json).parent.is_dir():
             raise ConfigError(f"--json {arguments.json}: its folder does not exist: make it first")
         arguments.overrides = overrides
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except ATPError as error:
         return _refuse(error)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         return _refuse(f"{error.filename or 'output'}: the disk is full: free some space, then run again with --resume")
-    return 0
 
 
 def _refuse(reason: object) -> int:

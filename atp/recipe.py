@@ -4,7 +4,7 @@
 model: {name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct}
 data: {train: data/train.jsonl, validation: data/validation.jsonl}
 lora: {r: 16}                    # fields of peft.LoraConfig
-atp: {sparsity: 0.4}             # fields of ATPConfig, or `preset: paper`
+atp: {sparsity: 0.4}             # fields of ATPConfig, or `preset: paper`; `atp: false` tunes without pruning
 training: {max_steps: 200}       # fields of transformers.TrainingArguments
 output_dir: runs/mine
 ```
@@ -49,7 +49,7 @@ class DataSettings:
     """Which rows, and how they become windows: see `atp.data.read_rows` and `atp.data.make_windows`.
 
     `calibration` is optional: without it `ATPCallback` holds rows of the training set out. The `*_split` settings are
-    for hub data sets only.
+    for hub data sets only. `validation_windows` measures only that many windows, spread evenly over the set.
     """
 
     train: str | list[str]
@@ -63,22 +63,30 @@ class DataSettings:
     max_length: int = 256
     packing: bool = True
     completion_only: bool = False
+    validation_windows: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ConfigError(f"data: max_length={self.max_length} is not allowed: it must be an integer >= 2")
+        if self.validation_windows is not None and self.validation_windows < 1:
+            raise ConfigError(
+                f"data: validation_windows={self.validation_windows} is not allowed: it must be an integer >= 1 or null"
+            )
         if self.prompt is not None and self.completion is None:
             raise ConfigError("data: `prompt` is a template but `completion` is missing: set both")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run. `lora` and `training` are arguments of `LoraConfig` and `TrainingArguments`, defaults filled in."""
+    """One run. `lora` and `training` are arguments of `LoraConfig` and `TrainingArguments`, defaults filled in.
+
+    Without `atp` (`None`; `false` in YAML) the run is plain LoRA.
+    """
 
     model: ModelSettings
     data: DataSettings
     output_dir: str
-    atp: ATPConfig = field(default_factory=ATPConfig)
+    atp: ATPConfig | None = field(default_factory=ATPConfig)
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -106,14 +114,18 @@ class Recipe:
             model=ModelSettings(**_checked(ModelSettings, _section(values, "model"), "model")),
             data=DataSettings(**_checked(DataSettings, _section(values, "data"), "data")),
             output_dir=values["output_dir"],
-            atp=_atp_config(_section(values, "atp")),
+            atp=None if values.get("atp") is False else _atp_config(_section(values, "atp")),
             lora=LORA_DEFAULTS | _checked(LoraConfig, _section(values, "lora"), "lora"),
             training=TRAINING_DEFAULTS | _checked(TrainingArguments, _section(values, "training"), "training"),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The whole recipe, defaults included, as plain values that `from_dict` reads."""
+        return dataclasses.asdict(self) | {"atp": self.atp.to_dict() if self.atp else False}
+
     def to_yaml(self) -> str:
-        """The whole recipe, defaults included, as YAML that `from_yaml` reads."""
-        return yaml.safe_dump(dataclasses.asdict(self) | {"atp": self.atp.to_dict()}, sort_keys=False)
+        """The whole recipe as YAML that `from_yaml` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def lora_config(self) -> LoraConfig:
         """The adapter's configuration; what PEFT refuses is a `ConfigError`."""

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,6 +16,11 @@ from atp.errors import ATPError
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a whole file or none: beside it first, then rename.
 
     Raises:
@@ -25,8 +32,8 @@ def write_text(path: str | Path, text: str) -> None:
     except OSError as error:
         raise ATPError(f"{target}: cannot be written: {error.strerror}: check that its folder exists") from None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
         os.chmod(beside, 0o644)
         os.replace(beside, target)
     except OSError as error:
@@ -39,16 +46,26 @@ def write_json(path: str | Path, results: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(results, indent=2) + "\n")
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table on standard output, the first column to the left and the others to the right."""
-    table = Table()
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> None:
+    """A table on standard output, the first column to the left and the others to the right.
+
+    Args:
+        width: columns of text where the output is no terminal, or a wider one.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False) if width else Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(
+            column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=bool(width and index)
+        )
     for row in rows:
         table.add_row(*(show(cell) for cell in row))
-    console = Console()
+    console = Console(width=_at_most(width)) if width else Console()
     console.print(title, soft_wrap=True, markup=False, highlight=False)
     console.print(table)
+
+
+def _at_most(width: int) -> int:
+    return min(width, shutil.get_terminal_size((width, 24)).columns)
 
 
 def show(value: object) -> str:

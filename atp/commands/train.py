@@ -1,5 +1,6 @@
 """`atp train CONFIG.yaml`: one recipe -> a tuned and pruned model; also under `accelerate launch -m atp train ...`.
 
+A recipe with `atp: false` gives the tuned model only: plain LoRA, the dense baseline.
 Everything a user can get wrong is checked before the first weight is loaded. Only the first process writes and prints.
 """
 
@@ -15,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.callback import ATPCallback
+from atp.commands.datasets import load_data
+from atp.commands.measurement import PeakMemoryCallback, model_cost
 from atp.commands.models import load_model, load_tokenizer, to_best_device
 from atp.commands.output import flatten, print_table, write_json, write_text
-from atp.data import Row, check_disjoint, collator, make_windows, read_rows
+from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.evaluation import count_parameters, folder_bytes, perplexity
-from atp.recipe import DataSettings, Recipe
+from atp.evaluation import folder_bytes, perplexity
+from atp.files import written_beside
+from atp.recipe import Recipe
 
 _RUN_FILES = ("checkpoint-*", "final", "pruned", "metrics.json", "recipe.yaml", "report.html")
 
@@ -47,7 +51,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, export, measure the exported folder, and write `metrics.json`."""
+    """Train, export, measure what came out, and write `metrics.json`."""
     recipe = Recipe.from_yaml(arguments.config, arguments.overrides)
     checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite)
     lora = recipe.lora_config()
@@ -55,11 +59,12 @@ def run(arguments: argparse.Namespace) -> None:
     first = training.process_index == 0
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
     with _first_process_first(training):
-        data = _windows(recipe.data, tokenizer, progress=first)
+        data = load_data(recipe.data, tokenizer, progress=first)
     model = get_peft_model(load_model(recipe.model.name_or_path, recipe.model.gguf_file, recipe.model.dtype), lora)
     if first:
         _prepare(Path(recipe.output_dir), recipe, arguments.overwrite)
-    callback = ATPCallback(recipe.atp, calibration_dataset=data.calibration)
+    memory = PeakMemoryCallback()
+    pruning = ATPCallback(recipe.atp, calibration_dataset=data.calibration) if recipe.atp else None
     trainer = Trainer(
         model=model,
         args=training,
@@ -67,43 +72,22 @@ def run(arguments: argparse.Namespace) -> None:
         eval_dataset=data.validation,
         data_collator=collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[callback],
+        callbacks=[memory, pruning] if pruning else [memory],
     )
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if first:
-        masked = trainer.accelerator.unwrap_model(trainer.model)
-        results = _results(recipe, outcome.metrics, callback.summary(), masked, data.validation)
+        tuned = trainer.accelerator.unwrap_model(trainer.model)
+        results = {
+            "model": recipe.model.name_or_path,
+            "training": outcome.metrics | {"peak_memory_mib": memory.peak_mib},
+            **({"pruning": pruning.summary()} if pruning else {}),
+            **(_measure_pruned if pruning else _measure_dense)(recipe, tuned, data.validation),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        }
         write_json(Path(recipe.output_dir) / "metrics.json", results)
         print_table(recipe.output_dir, ("", "value"), flatten(results))
         if arguments.json:
             write_json(arguments.json, results)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Data:
-    train: Dataset
-    validation: Dataset | None
-    calibration: Dataset | None
-
-
-def _windows(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool) -> _Data:
-    """Read, check that nothing held out is learned from, and tokenise."""
-
-    def rows(sources: str | list[str] | None, split: str) -> list[Row] | None:
-        return read_rows(sources, split, settings.prompt, settings.completion) if sources else None
-
-    train = rows(settings.train, settings.train_split) or []
-    validation = rows(settings.validation, settings.validation_split)
-    calibration = rows(settings.calibration, settings.calibration_split)
-    check_disjoint(train, validation or [], ("training", "validation"))
-    check_disjoint(calibration or [], validation or [], ("calibration", "validation"))
-
-    def windows(found: list[Row] | None) -> Dataset | None:
-        if found is None:
-            return None
-        return make_windows(found, tokenizer, settings.max_length, settings.packing, settings.completion_only, progress)
-
-    return _Data(windows(train), windows(validation), windows(calibration))
 
 
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool) -> str | None:
@@ -151,21 +135,22 @@ def _first_process_first(training: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def _results(
-    recipe: Recipe,
-    trained: dict[str, float],
-    pruning: dict[str, Any],
-    masked: PreTrainedModel,
-    held_out: Dataset | None,
-) -> dict[str, Any]:
-    """Everything a reader of `metrics.json` wants. The exported folder is measured as a stranger loads it."""
-    pruned = Path(recipe.output_dir) / "pruned"
-    results: dict[str, Any] = {"model": recipe.model.name_or_path, "training": trained, "pruning": pruning}
-    model = masked
-    if pruned.is_dir():
-        model = to_best_device(load_model(str(pruned)))
-        results["pruned"] = {"parameters": count_parameters(model), "bytes": folder_bytes(pruned)}
-    if held_out is not None:
-        results["validation"] = dataclasses.asdict(perplexity(model, held_out))
-    results["versions"] = {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")}
-    return results
+def _measure_pruned(recipe: Recipe, masked: PeftModel, held_out: Dataset | None) -> dict[str, Any]:
+    """The exported folder as a stranger loads it; without one, the masked model's perplexity alone."""
+    folder = Path(recipe.output_dir) / "pruned"
+    if not folder.is_dir():
+        return _validation(masked, held_out)
+    model = to_best_device(load_model(str(folder)))
+    return {"pruned": model_cost(model) | {"bytes": folder_bytes(folder)}} | _validation(model, held_out)
+
+
+def _measure_dense(recipe: Recipe, tuned: PeftModel, held_out: Dataset | None) -> dict[str, Any]:
+    """Write the adapter, merge it as an export would, and measure the dense model."""
+    with written_beside(Path(recipe.output_dir) / "final") as beside:
+        tuned.save_pretrained(beside)
+    model = tuned.merge_and_unload()
+    return {"tuned": model_cost(model)} | _validation(model, held_out)
+
+
+def _validation(model: PreTrainedModel, held_out: Dataset | None) -> dict[str, Any]:
+    return {} if held_out is None else {"validation": dataclasses.asdict(perplexity(model, held_out))}

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from atp.structure.space import Space
 
-
 SUITABLE = {"surgeon": "global", "flap": "standard"}
-"""The ranking that suits a criterion, where it is not `"block"`: `surgeon` is in nats of loss whatever the block, FLAP's
-authors standardise. The scores of the others mean nothing across blocks: ranked globally they remove whole blocks."""
+"""The ranking that suits a criterion, where it is not `"block"`: `surgeon` is in nats of loss whatever the block, and
+FLAP's authors standardise. Other scores mean nothing across blocks: ranked globally they remove whole blocks."""
 
 
 def suitable_protect(criterion: str, blocks: int) -> tuple[int, int]:

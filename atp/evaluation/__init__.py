@@ -1,5 +1,7 @@
 """Measures any Hugging Face causal LM, as a stranger would: it knows nothing of masks or decisions."""
 
+from atp.evaluation.flops import flops_per_token
+from atp.evaluation.memory import peak_memory_mib, reset_peak_memory
 from atp.evaluation.perplexity import Perplexity, perplexity
 from atp.evaluation.speed import (
     Speed,
@@ -8,13 +10,18 @@ from atp.evaluation.speed import (
     generation_speed,
     prefill_speed,
 )
+from atp.evaluation.subset import evenly_spread
 
 __all__ = [
     "Perplexity",
     "Speed",
     "count_parameters",
+    "evenly_spread",
+    "flops_per_token",
     "folder_bytes",
     "generation_speed",
+    "peak_memory_mib",
     "perplexity",
     "prefill_speed",
+    "reset_peak_memory",
 ]

@@ -1,0 +1,85 @@
+"""One run of a comparison in a process of its own, so that whatever ends it ends nothing else."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+from typing import Any
+
+import atp
+from atp.commands.output import write_text
+from atp.commands.plan import Run, identity
+
+_WEIGHTS = ("checkpoint-*", "final", "pruned")
+_LOG = "train.log"
+
+
+def run_child(run: Run) -> dict[str, Any]:
+    """Train, and give the run's row: its `status` is `ok`, with all metrics, or `failed`, with what it ended with."""
+    folder = Path(run.recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, metrics = folder / "recipe.yaml", folder / "metrics.json"
+    write_text(recipe, run.recipe.to_yaml())
+    metrics.unlink(missing_ok=True)
+    start = time.perf_counter()
+    status = launch(["train", str(recipe), "--overwrite"], folder / _LOG)
+    row: dict[str, Any] = {
+        "name": run.name,
+        "strategy": run.strategy,
+        "sparsity": run.sparsity,
+        "seed": run.seed,
+        "status": "ok",
+        "seconds": time.perf_counter() - start,
+        "recipe": identity(run.recipe),
+    }
+    if status or not metrics.is_file():
+        return row | {"status": "failed", "exit_status": status, "error": _last_error(status, folder / _LOG)}
+    results = json.loads(metrics.read_text(encoding="utf-8"))
+    if not math.isfinite(results["validation"]["nll"]):
+        return row | {"status": "failed", "exit_status": status, "error": "the validation loss is not finite"}
+    return row | results
+
+
+def launch(arguments: list[str], log: Path) -> int:
+    """`python -m atp ARGUMENTS` with everything it prints in `log`; the exit status, negative for a signal."""
+    command = [sys.executable, "-m", "atp", *arguments]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_environment())
+        try:
+            return process.wait()
+        except BaseException:  # Ctrl-C: do not leave until it is gone, the next try writes to the same folder
+            process.kill()
+            process.wait()
+            raise
+
+
+def remove_weights(run: Run) -> None:
+    """Free the disk: metrics, recipe and log stay."""
+    for pattern in _WEIGHTS:
+        for path in Path(run.recipe.output_dir).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """The child imports the `atp` that runs here, installed or not."""
+    home = str(Path(atp.__file__).parents[1])
+    if home == sysconfig.get_path("purelib"):
+        return dict(os.environ)
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path}
+
+
+def _last_error(status: int, log: Path) -> str:
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"killed by {name}" + (" (often: out of memory)" if name == "SIGKILL" else "")
+    lines = re.split(r"[\r\n]+", log.read_text(encoding="utf-8", errors="replace").strip())
+    ours = [line for line in lines if line.startswith("atp: ")]  # libraries may print more after it
+    return (ours or lines)[-1].strip().removeprefix("atp: ") or "ended without a word"

@@ -1,0 +1,116 @@
+"""Which runs a comparison makes, and everything about them that can be checked before the first one starts."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atp.commands.datasets import load_data
+from atp.commands.models import load_shell, load_tokenizer
+from atp.commands.output import flatten
+from atp.config import ATPConfig
+from atp.errors import ConfigError
+from atp.recipe import Recipe
+from atp.strategies import DENSE, strategy_config
+from atp.structure.budget import target_parameters
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a comparison; `sparsity` is None for `dense`."""
+
+    strategy: str
+    sparsity: float | None
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Names the run's row, and is safe as a folder name."""
+        return run_name(self.strategy, self.sparsity, self.seed)
+
+    @property
+    def title(self) -> str:
+        """What people read."""
+        removed = "" if self.sparsity is None else f", {self.sparsity * 100:.4g} % removed"
+        return f"{self.strategy}{removed}, seed {self.seed}"
+
+
+def run_name(strategy: str, sparsity: float | None, seed: int) -> str:
+    """`atp-0.4-seed0`."""
+    parts = [strategy, *([] if sparsity is None else [f"{sparsity:.6g}"]), f"seed{seed}"]
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
+
+
+def make_plan(
+    recipe: Recipe, strategies: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], runs_dir: Path
+) -> list[Run]:
+    """All runs, seed by seed, so that an early look already compares every strategy; `dense` once per seed.
+
+    Raises:
+        ConfigError: on an unknown strategy or a setting outside its range.
+    """
+    runs: dict[str, Run] = {}
+    for seed in seeds:
+        for sparsity in sparsities:
+            for strategy in strategies:
+                run = make_run(recipe, strategy, None if strategy == DENSE else sparsity, seed, runs_dir)
+                runs.setdefault(run.name, run)
+    return list(runs.values())
+
+
+def make_run(recipe: Recipe, strategy: str, sparsity: float | None, seed: int, runs_dir: Path) -> Run:
+    """The base recipe with the strategy's `atp` section, and one seed for LoRA, data order and decision."""
+    base = recipe.atp or ATPConfig()
+    changes: dict[str, Any] = {"seed": seed, "export": True} | ({} if sparsity is None else {"sparsity": sparsity})
+    config = strategy_config(strategy, dataclasses.replace(base, **changes))
+    own = dataclasses.replace(
+        recipe,
+        atp=config,
+        training=recipe.training | {"seed": seed},
+        output_dir=str(runs_dir / run_name(strategy, sparsity, seed)),
+    )
+    return Run(strategy, sparsity, seed, own)
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same run: all settings but the place of the output."""
+    return {key: value for key, value in recipe.to_dict().items() if key != "output_dir"}
+
+
+def differences(row: Mapping[str, Any], run: Run) -> list[str]:
+    """Settings in which a finished row's recipe differs from the run's, as `atp.sparsity: 0.4 there, 0.5 now`.
+
+    The row's recipe is read like any other, so that a setting that is newer than the row counts with its default.
+    """
+    try:
+        there = dict(flatten(identity(Recipe.from_dict(row["recipe"] | {"output_dir": run.recipe.output_dir}))))
+    except ConfigError as error:
+        return [str(error)]
+    now = dict(flatten(identity(run.recipe)))
+    return [
+        f"{key}: {there.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
+        for key in sorted(there | now)
+        if there.get(key) != now.get(key)
+    ]
+
+
+def check_plan(recipe: Recipe, runs: Sequence[Run]) -> None:
+    """Read the data, and see that every budget can be reached in the model; nothing large is loaded.
+
+    Raises:
+        ATPError: of the kind that the run itself would end with.
+    """
+    if recipe.data.validation is None:
+        raise ConfigError("data: `validation` is missing: a comparison is measured on held-out text, add it")
+    recipe.lora_config()
+    recipe.training_arguments()
+    load_data(recipe.data, load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file), progress=False)
+    structure = discover(load_shell(recipe.model.name_or_path, recipe.model.gguf_file))
+    configs = [run.recipe.atp for run in runs if run.recipe.atp]
+    for space, uniform, round_to, sparsity in {(c.space, c.uniform, c.round_to, c.sparsity) for c in configs}:
+        target_parameters(build_space(structure, space, uniform, round_to), sparsity)

@@ -1,0 +1,75 @@
+"""Cells and answers -> `results.md`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from atp.report.answers import answers
+from atp.report.summary import Cell, by_sparsity
+from atp.report.tables import count, number, percent, spread, times
+
+_COLUMNS = (
+    *("strategy", "seeds", "perplexity", "nll", "gap closed", "ppl / rival", "nll / dense"),
+    *("parameters", "FLOPs/token", "prefill ms", "/ dense", "decode ms/token", "/ dense"),
+    *("peak MiB", "/ dense", "train s", "overlap with start"),
+)
+_LEGEND = (
+    "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *gap closed*: share of the way "
+    "from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity over that rival's. Latency: median over "
+    "seeds, one stream; memory: peak of training; *overlap with start*: share of the groups that the decision drawn "
+    "before tuning prunes and the final one prunes too. FLOPs count linear layers and the head, not attention scores."
+)
+
+
+def markdown(cells: Sequence[Cell], failed: Iterable[Mapping[str, Any]] = (), plots: Sequence[str] = ()) -> str:
+    """A table per sparsity, the answers, the failed runs and the plots.
+
+    Args:
+        failed: rows whose `status` is `failed`.
+        plots: file names of images beside the Markdown file.
+    """
+    lines = ["# Comparison", ""]
+    for sparsity, here in by_sparsity(cells):
+        title = "Dense" if sparsity is None else f"{sparsity * 100:.4g} % of the prunable parameters removed"
+        lines += [f"## {title}", "", *_table(here), ""]
+    lines += [_LEGEND, ""]
+    if found := answers(cells):
+        lines += ["## Answers", "", *(f"- **{question}** {answer}" for question, answer in found.items()), ""]
+    if bad := [f"- `{row['name']}`: exit status {row['exit_status']}: {row['error']}" for row in failed]:
+        lines += ["## Failed runs", "", *bad, ""]
+    for name in plots:
+        lines += [f"![{name}]({name})", ""]
+    return "\n".join(lines)
+
+
+def _table(cells: Sequence[Cell]) -> list[str]:
+    return [
+        _line(_COLUMNS),
+        _line(["---", *["---:"] * (len(_COLUMNS) - 1)]),
+        *(_line(_texts(cell)) for cell in cells),
+    ]
+
+
+def _texts(cell: Cell) -> list[str]:
+    return [
+        f"`{cell.strategy}`",
+        str(cell.seeds),
+        spread(cell.perplexity),
+        f"{cell.nll.mean:.4f}" + ("" if cell.nll.std is None else f" ± {cell.nll.std:.4f}"),
+        percent(cell.gap_closed),
+        number(cell.perplexity_to_rival),
+        number(cell.relative_nll),
+        f"{cell.parameters:,.0f}",
+        count(cell.flops_per_token),
+        f"{cell.prefill_ms:.1f}",
+        times(cell.prefill_to_dense),
+        f"{cell.decode_ms:.1f}",
+        times(cell.decode_to_dense),
+        "" if cell.peak_memory_mib is None else f"{cell.peak_memory_mib:,.0f}",
+        times(cell.memory_to_dense),
+        f"{cell.train_seconds:,.1f}",
+        ", ".join(f"{kind} {share:.2f}" for kind, share in (cell.overlap or {}).items()),
+    ]
+
+
+def _line(texts: Iterable[str]) -> str:
+    return f"| {' | '.join(texts)} |"

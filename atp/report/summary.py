@@ -1,0 +1,168 @@
+"""Rows of finished runs -> one `Cell` per strategy and sparsity: means, spreads, and distances to dense and the rivals.
+
+"The rival" at a sparsity is the two-stage strategy (`atp.strategies.is_two_stage`) with the lowest mean
+log-perplexity there. Every seed weighs the same. Not covered: significance; with three seeds the spread says enough.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atp.strategies import DENSE, is_two_stage
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, and sample standard deviation (n - 1), `None` with a single value."""
+
+    mean: float
+    std: float | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One strategy at one asked sparsity (`None` for dense); what cannot be known is `None`.
+
+    `nll` is held-out log-perplexity in nats per token. `gap_closed`: the share of the distance from the rival's nll to
+    dense's that is gone, 0 for the rival itself, 1 for a model as good as dense. `perplexity_to_rival`, `relative_nll`
+    and the `*_to_dense` figures are ratios. Latencies are medians over seeds: a prompt read, one token written; memory
+    is the peak of training. `overlap`: per group kind, the share of the groups pruned by the decision drawn before
+    tuning that the final one prunes too.
+    """
+
+    strategy: str
+    sparsity: float | None
+    seeds: int
+    perplexity: Spread
+    nll: Spread
+    gap_closed: float | None
+    perplexity_to_rival: float | None
+    relative_nll: float | None
+    achieved_sparsity: float | None
+    parameters: float
+    flops_per_token: float
+    prefill_ms: float
+    prefill_to_dense: float | None
+    decode_ms: float
+    decode_to_dense: float | None
+    peak_memory_mib: float | None
+    memory_to_dense: float | None
+    train_seconds: float
+    overlap: dict[str, float] | None
+
+
+def summarise(rows: Iterable[Row]) -> list[Cell]:
+    """Cells by sparsity, dense first, then from the best perplexity to the worst. Failed rows do not count."""
+    grouped: dict[tuple[str, float | None], list[Row]] = {}
+    for row in rows:
+        if row["status"] == "ok":
+            grouped.setdefault((row["strategy"], row["sparsity"]), []).append(row)
+    dense = grouped.get((DENSE, None))
+    cells = []
+    for (strategy, sparsity), members in grouped.items():
+        rivals = [g for (name, at), g in grouped.items() if is_two_stage(name) and at == sparsity]
+        rival = min(rivals, key=lambda group: _mean(group, _nll), default=None)
+        cells.append(_cell(strategy, sparsity, members, dense, rival))
+    return sorted(cells, key=lambda cell: (cell.sparsity or 0.0, cell.perplexity.mean))
+
+
+def by_sparsity(cells: Sequence[Cell]) -> list[tuple[float | None, list[Cell]]]:
+    """What one table shows: the cells of one sparsity under dense, which stands alone where nothing is pruned."""
+    dense = [cell for cell in cells if cell.sparsity is None]
+    sparsities = sorted({cell.sparsity for cell in cells if cell.sparsity is not None})
+    tables: list[tuple[float | None, list[Cell]]] = [
+        (sparsity, dense + [cell for cell in cells if cell.sparsity == sparsity]) for sparsity in sparsities
+    ]
+    return tables or ([(None, dense)] if dense else [])
+
+
+def _cell(
+    strategy: str, sparsity: float | None, rows: Sequence[Row], dense: Sequence[Row] | None, rival: Sequence[Row] | None
+) -> Cell:
+    nll, perplexity = _spread(rows, _nll), _spread(rows, _perplexity)
+    prefill, decode = _median(rows, _prefill_ms), _median(rows, _decode_ms)
+    memory = _mean_known(rows, _peak_memory)
+    return Cell(
+        strategy=strategy,
+        sparsity=sparsity,
+        seeds=len(rows),
+        perplexity=perplexity,
+        nll=nll,
+        gap_closed=_gap_closed(nll.mean, dense, rival),
+        perplexity_to_rival=_ratio(perplexity.mean, _mean(rival, _perplexity) if rival else None),
+        relative_nll=_ratio(nll.mean, _mean(dense, _nll) if dense else None),
+        achieved_sparsity=_mean_known(rows, lambda row: row.get("pruning", {}).get("sparsity")),
+        parameters=_mean(rows, lambda row: measured(row)["parameters"]),
+        flops_per_token=_mean(rows, lambda row: measured(row)["flops_per_token"]),
+        prefill_ms=prefill,
+        prefill_to_dense=_ratio(prefill, _median(dense, _prefill_ms) if dense else None),
+        decode_ms=decode,
+        decode_to_dense=_ratio(decode, _median(dense, _decode_ms) if dense else None),
+        peak_memory_mib=memory,
+        memory_to_dense=_ratio(memory, _mean_known(dense, _peak_memory) if dense else None),
+        train_seconds=_mean(rows, lambda row: row["training"]["train_runtime"]),
+        overlap=_overlap(rows),
+    )
+
+
+def measured(row: Row) -> Mapping[str, Any]:
+    """Size and speed of the model that a run ended with: the exported one, or the dense one."""
+    return row["pruned"] if "pruned" in row else row["tuned"]
+
+
+def _gap_closed(nll: float, dense: Sequence[Row] | None, rival: Sequence[Row] | None) -> float | None:
+    """`(rival - nll) / (rival - dense)`; unknown where the rival is no worse than dense."""
+    if not dense or not rival:
+        return None
+    start, end = _mean(rival, _nll), _mean(dense, _nll)
+    return (start - nll) / (start - end) if start > end else None
+
+
+def _overlap(rows: Sequence[Row]) -> dict[str, float] | None:
+    found = [o for row in rows if (o := row.get("pruning", {}).get("overlap_with_start")) is not None]
+    return {kind: statistics.fmean(o[kind] for o in found) for kind in found[0]} if found else None
+
+
+def _nll(row: Row) -> float:
+    return row["validation"]["nll"]
+
+
+def _perplexity(row: Row) -> float:
+    return row["validation"]["perplexity"]
+
+
+def _prefill_ms(row: Row) -> float:
+    return measured(row)["prefill"]["latency_ms"]
+
+
+def _decode_ms(row: Row) -> float:
+    return measured(row)["decode"]["latency_ms_per_token"]
+
+
+def _peak_memory(row: Row) -> float | None:
+    return row["training"].get("peak_memory_mib")
+
+
+def _spread(rows: Sequence[Row], of: Callable[[Row], float]) -> Spread:
+    values = [of(row) for row in rows]
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+
+
+def _mean(rows: Sequence[Row], of: Callable[[Row], float]) -> float:
+    return statistics.fmean(of(row) for row in rows)
+
+
+def _mean_known(rows: Sequence[Row], of: Callable[[Row], float | None]) -> float | None:
+    known = [value for row in rows if (value := of(row)) is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _median(rows: Sequence[Row], of: Callable[[Row], float]) -> float:
+    return statistics.median(of(row) for row in rows)
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None

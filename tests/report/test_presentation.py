@@ -1,0 +1,83 @@
+"""Tables, Markdown and plots. Oracles: widths counted, cells found again, PNG's signature, matplotlib's artists."""
+
+import builtins
+
+import pytest
+
+from atp.report import TABLE_COLUMNS, PlotsUnavailableError, Spread, markdown, size_plot, sparsity_plot, summarise
+from atp.report.tables import count, spread, table_rows
+from tests.report.rows import ROWS, failed
+
+CELLS = summarise(ROWS)
+
+
+def test_every_row_has_every_column_and_is_narrow():
+    rows = table_rows(CELLS)
+    widths = [
+        max(len(row[i]) for row in [*rows, *zip(*(c.split("\n") * 2 for c in TABLE_COLUMNS), strict=False)])
+        for i in range(len(TABLE_COLUMNS))
+    ]
+    assert sum(widths) + 2 * len(widths) <= 100
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Spread(30.637, 0.13), "30.64 ± 0.13"),
+        (Spread(30.637, None), "30.64"),
+        (Spread(1451.2, 33.3), "1,451 ± 33"),
+        (Spread(3.2e9, 1.5e9), "3.20e+09 ± 1.5e+09"),
+    ],
+)
+def test_spreads_read_well(value, text):
+    assert spread(value) == text
+
+
+def test_counts():
+    assert [count(v) for v in (12.0, 55_584, 134_515_008, 8.03e9)] == ["12", "55.58k", "134.5M", "8.03G"]
+
+
+def test_markdown_holds_tables_answers_failures_and_plots():
+    text = markdown(CELLS, [failed("paper", 0.4, 0)], ["a.png"])
+    assert "## 20 % of the prunable parameters removed" in text
+    assert "- `paper-0.4-0`: exit status -9: killed by SIGKILL" in text
+    assert "![a.png](a.png)" in text
+    assert "**How far can I go?**" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    (atp,) = [line for line in lines if line.startswith("| `atp`") and "10.50 ± 0.74" in line]
+    assert "| 72 % |" in atp
+    assert "Failed" not in markdown(CELLS)
+
+
+def test_plots_are_png_images():
+    pytest.importorskip("matplotlib")
+    for draw in (sparsity_plot, size_plot):
+        assert draw(CELLS).startswith(b"\x89PNG")
+
+
+def test_plots_show_every_point_once(monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    seen = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (seen.append(self), save(self, *a, **k))[1])
+    sparsity_plot(CELLS)
+    (axes,) = seen[0].axes
+    assert axes.get_xlabel() == "prunable parameters removed (%)"
+    points = {(round(x), round(y, 3)) for bar in axes.containers for x, y in zip(*bar.lines[0].get_data(), strict=True)}
+    assert points == {(c.sparsity * 100, round(c.perplexity.mean, 3)) for c in CELLS if c.sparsity}
+    labels = [text.get_text() for text in seen[0].legends[0].get_texts()]
+    assert sorted(labels) == sorted({cell.strategy for cell in CELLS})
+
+
+def test_without_matplotlib_one_line_says_how_to_get_it(monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(PlotsUnavailableError, match=r"pip install 'atp\[plots\]'"):
+        sparsity_plot(CELLS)

@@ -1,0 +1,78 @@
+"""Rows -> cells. Oracle: numpy, and numbers that can be worked out in the head."""
+
+import random
+
+import numpy as np
+import pytest
+
+from atp.report import by_sparsity, summarise
+from tests.report.rows import ACTIVATION, MAGNITUDE, ROWS, failed, row
+
+
+def cells(rows=ROWS):
+    return {(cell.strategy, cell.sparsity): cell for cell in summarise(rows)}
+
+
+def test_means_and_sample_deviations():
+    found = cells()["atp", 0.4]
+    perplexities = np.exp([2.3, 2.4])
+    assert found.perplexity.mean == pytest.approx(perplexities.mean())
+    assert found.perplexity.std == pytest.approx(perplexities.std(ddof=1))
+    assert (found.nll.mean, found.seeds, found.train_seconds) == (pytest.approx(2.35), 2, 60.5)
+    assert cells()[MAGNITUDE, 0.2].perplexity.std is None
+
+
+def test_distances_to_the_best_rival_and_to_dense():
+    found = cells()
+    assert found["atp", 0.4].gap_closed == pytest.approx((3.0 - 2.35) / (3.0 - 2.1))
+    assert found[MAGNITUDE, 0.4].gap_closed == 0
+    assert found[ACTIVATION, 0.4].gap_closed == pytest.approx((3.0 - 4.0) / 0.9)
+    assert found["atp", 0.4].relative_nll == pytest.approx(2.35 / 2.1)
+    assert found["dense", None].relative_nll == 1
+    assert found["dense", None].gap_closed is None
+    rival = np.exp([2.9, 3.1]).mean()
+    assert found["atp", 0.4].perplexity_to_rival == pytest.approx(np.exp([2.3, 2.4]).mean() / rival)
+
+
+def test_costs_and_their_ratios():
+    found = cells()["atp", 0.4]
+    assert (found.decode_ms, found.decode_to_dense) == (8.5, pytest.approx(8.5 / 21))
+    assert (found.prefill_ms, found.prefill_to_dense) == (42.5, pytest.approx(8.5 / 21))
+    assert (found.peak_memory_mib, found.memory_to_dense) == (1100.0, pytest.approx(1.1))
+    assert (found.parameters, found.flops_per_token) == (1_000_000, 2_000_000)
+    assert found.achieved_sparsity == pytest.approx(0.41)
+
+
+def test_overlap_is_the_mean_per_kind_and_may_be_unknown():
+    found = cells()
+    assert found[ACTIVATION, 0.4].overlap == {"kv": 0.75, "mlp": 0.5}
+    assert found["atp", 0.4].overlap is None
+    assert found["dense", None].overlap is None
+
+
+def test_without_dense_or_rivals_or_with_a_rival_better_than_dense_nothing_is_made_up():
+    without_dense = cells([r for r in ROWS if r["strategy"] != "dense"])["atp", 0.4]
+    assert (without_dense.gap_closed, without_dense.relative_nll, without_dense.decode_to_dense) == (None, None, None)
+    assert without_dense.perplexity_to_rival is not None
+    alone = cells([r for r in ROWS if r["strategy"] in ("dense", "atp")])["atp", 0.4]
+    assert (alone.gap_closed, alone.perplexity_to_rival) == (None, None)
+    better = cells([row("dense", None, 0, 2.0), row(MAGNITUDE, 0.4, 0, 1.9), row("atp", 0.4, 0, 1.8)])
+    assert better["atp", 0.4].gap_closed is None
+
+
+def test_failed_rows_do_not_count_and_order_does_not_matter():
+    shuffled = list(ROWS)
+    random.Random(0).shuffle(shuffled)
+    assert summarise(shuffled) == summarise(ROWS)
+    assert ("paper", 0.4) not in cells()
+    assert summarise([failed("atp", 0.4, 0)]) == []
+
+
+def test_tables_by_sparsity_start_with_dense_and_go_from_best_to_worst():
+    tables = by_sparsity(summarise(ROWS))
+    assert [(sparsity, [c.strategy for c in here]) for sparsity, here in tables] == [
+        (0.2, ["dense", "atp", MAGNITUDE]),
+        (0.4, ["dense", "atp", MAGNITUDE, ACTIVATION]),
+    ]
+    assert [sparsity for sparsity, _ in by_sparsity(summarise(ROWS[:2]))] == [None]
+    assert by_sparsity([]) == []

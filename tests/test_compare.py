@@ -1,0 +1,315 @@
+"""`atp compare` on tiny models. Oracles: rows and files left behind, exit status, and which runs were started.
+
+Runs happen in this process, to be quick, but for one test that starts a real child.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import yaml
+
+from atp.cli import main
+from atp.commands import child
+from tests import tiny
+
+TIMINGS = "dense,atp,tune-then-prune:magnitude"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.jsonl(folder / "train.jsonl", range(120))
+    tiny.jsonl(folder / "validation.jsonl", range(120, 140))
+    return tiny.folder(folder)
+
+
+@pytest.fixture
+def recipe(base, tmp_path):
+    return {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "data": {
+            "train": str(base / "train.jsonl"),
+            "validation": str(base / "validation.jsonl"),
+            "max_length": 16,
+            "validation_windows": 8,
+        },
+        "lora": {"r": 4},
+        "atp": {"sparsity": 0.4, "calibration_rows": 4, "calibration_batch_size": 2},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 2, "disable_tqdm": True},
+        "output_dir": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def command(recipe, tmp_path):
+    """`atp compare` with more arguments; gives the exit status."""
+
+    def run(*arguments):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return main(["compare", str(path), *(str(a) for a in arguments)])
+
+    return run
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Names of the runs started, each in this process; a test may put an exit status, or an exception, under a name."""
+    names, outcomes = [], {}
+
+    def launch(arguments, log):
+        name = log.parent.name
+        names.append(name)
+        outcome = outcomes.get(name, 0)
+        if isinstance(outcome, type):
+            raise outcome
+        with log.open("w") as output, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            if outcome:
+                print("Traceback\n\natp: it broke\nWriting:  50%|###\r", flush=True)
+            return outcome or main(arguments)
+
+    monkeypatch.setattr(child, "launch", launch)
+    return names, outcomes
+
+
+@pytest.fixture
+def faked(started, monkeypatch):
+    """As `started`, but a run only writes metrics: for tests of what happens around the runs."""
+    names, outcomes = started
+
+    def launch(arguments, log):
+        names.append(log.parent.name)
+        outcome = outcomes.get(names[-1], 0)
+        if isinstance(outcome, type):
+            raise outcome
+        log.write_text("loading\nTraceback ...\natp: it broke\nWriting:  50%|###\r")
+        if not outcome:
+            pruned = {"parameters": 10, "flops_per_token": 20, "prefill": {"latency_ms": 1.0}}
+            pruned["decode"] = {"latency_ms_per_token": 1.0}
+            metrics = {
+                "training": {"train_runtime": 1.0, "peak_memory_mib": None},
+                "pruned": pruned,
+                "validation": {"nll": 1.0, "perplexity": 2.718},
+                "versions": {},
+            }
+            (log.parent / "final").mkdir(exist_ok=True)
+            (log.parent / "metrics.json").write_text(json.dumps(metrics))
+        return outcome
+
+    monkeypatch.setattr(child, "launch", launch)
+    return names, outcomes
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_row_a_run_then_nothing_to_do_then_only_the_cut_row_again(command, started, tmp_path, capsys):
+    names, _ = started
+    out, arguments = tmp_path / "run" / "compare", ["--strategies", TIMINGS, "--sparsity", "0.3", "--seeds", "0,1"]
+    assert command(*arguments, "--json", tmp_path / "results.json") == 0
+    assert sorted(names) == sorted(
+        f"{strategy}-seed{seed}"
+        for strategy in ("dense", "atp-0.3", "tune-then-prune-magnitude-0.3")
+        for seed in (0, 1)
+    )
+    first = {row["name"]: row for row in rows(out / "rows.jsonl")}
+    assert len(first) == 6
+    atp = first["atp-0.3-seed1"]
+    assert (atp["recipe"]["atp"]["seed"], atp["recipe"]["training"]["seed"], atp["seed"]) == (1, 1, 1)
+    assert atp["recipe"]["atp"]["sparsity"] == atp["pruning"]["sparsity_asked"] == 0.3
+    assert first["dense-seed0"]["recipe"]["atp"] is False
+    assert first["dense-seed0"]["validation"]["nll"] != first["dense-seed1"]["validation"]["nll"]
+    assert set(first["tune-then-prune-magnitude-0.3-seed0"]["pruning"]["overlap_with_start"]) == {"kv", "mlp"}
+
+    results = json.loads((out / "results.json").read_text())
+    assert results == json.loads((tmp_path / "results.json").read_text())
+    by_name = {cell["strategy"]: cell for cell in results["summary"]}
+    assert by_name["dense"]["seeds"] == 2
+    mean = sum(first[f"atp-0.3-seed{seed}"]["validation"]["nll"] for seed in (0, 1)) / 2
+    assert by_name["atp"]["nll"]["mean"] == pytest.approx(mean)
+    assert set(results["answers"]) >= {"When should I prune?", "How far can I go?"}
+    printed = capsys.readouterr().out
+    assert "6 of 6" in printed
+    assert max(map(len, printed[printed.index("30 % removed\n") : printed.index("written")].splitlines())) <= 100
+    assert sorted(p.name for p in (out / "runs" / "atp-0.3-seed0").iterdir()) == [
+        "metrics.json",
+        "recipe.yaml",
+        "train.log",
+    ]
+
+    names.clear()
+    assert command(*arguments) == 0
+    assert names == []
+    journal = out / "rows.jsonl"
+    last = rows(journal)[-1]["name"]
+    os.truncate(journal, journal.stat().st_size - 40)
+    assert command(*arguments) == 0
+    assert names == [last]
+    again = {row["name"]: row for row in rows(journal)}
+    assert again[last]["validation"]["nll"] == pytest.approx(first[last]["validation"]["nll"], rel=1e-6)
+    assert {k: v for k, v in again.items() if k != last} == {k: v for k, v in first.items() if k != last}
+
+
+@pytest.mark.slow
+def test_a_run_in_a_process_of_its_own(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("--strategies", "atp", "--keep-models", "--out", tmp_path / "out") == 0
+    (row,) = rows(tmp_path / "out" / "rows.jsonl")
+    folder = tmp_path / "out" / "runs" / "atp-0.4-seed0"
+    assert row["status"] == "ok"
+    assert (folder / "pruned" / "config.json").is_file()
+    assert "pruned.flops_per_token" in (folder / "train.log").read_text()
+
+
+def test_a_failed_row_says_in_one_line_how_the_run_ended(tmp_path):
+    log = tmp_path / "train.log"
+    log.write_text("loading\natp: x.yaml: cannot be read\nsome library says goodbye\n")
+    assert child._last_error(2, log) == "x.yaml: cannot be read"
+    assert child._last_error(-signal.SIGKILL, log) == "killed by SIGKILL (often: out of memory)"
+    log.write_text("loading\nRuntimeError: out of luck\n")
+    assert child._last_error(1, log) == "RuntimeError: out of luck"
+    log.write_text("")
+    assert child._last_error(1, log) == "ended without a word"
+
+
+def test_a_failed_run_leaves_the_others_and_is_tried_again(command, faked, tmp_path, capsys):
+    names, outcomes = faked
+    outcomes["atp-0.2-seed0"] = 3
+    arguments = ["--strategies", "atp,paper", "--sparsity", "0.2,0.4"]
+    assert command(*arguments) == 1
+    assert len(names) == 4
+    out = tmp_path / "run" / "compare"
+    found = {row["name"]: row for row in rows(out / "rows.jsonl")}
+    bad = found.pop("atp-0.2-seed0")
+    assert (bad["status"], bad["exit_status"], bad["error"]) == ("failed", 3, "it broke")
+    assert {row["status"] for row in found.values()} == {"ok"}
+    assert "FAILED with exit status 3" in capsys.readouterr().out
+    assert "atp-0.2-seed0" in (out / "results.md").read_text()
+
+    names.clear()
+    outcomes.clear()
+    assert command(*arguments) == 0
+    assert names == ["atp-0.2-seed0"]
+    assert json.loads((out / "results.json").read_text())["failed"] == []
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_run(command, faked, monkeypatch, tmp_path):
+    launch = child.launch
+
+    def diverged(arguments, log):
+        status = launch(arguments, log)
+        metrics = json.loads((log.parent / "metrics.json").read_text())
+        metrics["validation"]["nll"] = float("nan")
+        (log.parent / "metrics.json").write_text(json.dumps(metrics))
+        return status
+
+    monkeypatch.setattr(child, "launch", diverged)
+    assert command("--strategies", "atp") == 1
+    assert rows(tmp_path / "run" / "compare" / "rows.jsonl")[0]["error"] == "the validation loss is not finite"
+
+
+def test_ctrl_c_ends_with_a_message_and_the_same_command_goes_on(command, faked, tmp_path, capsys):
+    names, outcomes = faked
+    handler = signal.getsignal(signal.SIGTERM)
+    outcomes["paper-0.4-seed0"] = KeyboardInterrupt
+    assert command("--strategies", "atp,paper") == 130
+    assert "stopped: 1 finished run(s)" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == handler
+    outcomes.clear()
+    names.clear()
+    assert command("--strategies", "atp,paper") == 0
+    assert names == ["paper-0.4-seed0"]
+
+
+def test_a_changed_recipe_is_refused_or_overwritten(command, faked, recipe, tmp_path, capsys):
+    names, _ = faked
+    assert command("--strategies", "atp,paper", "--seeds", "0,1") == 0
+    capsys.readouterr()
+    names.clear()
+    recipe["training"]["max_steps"] = 6
+    assert command("--strategies", "atp") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "training.max_steps: 4 there, 6 now" in line
+    assert "--overwrite" in line
+    assert len(rows(tmp_path / "run" / "compare" / "rows.jsonl")) == 4
+    assert names == []
+    assert command("--strategies", "atp", "--overwrite") == 0
+    assert names == ["atp-0.4-seed0"]
+    assert [row["name"] for row in rows(tmp_path / "run" / "compare" / "rows.jsonl")] == ["atp-0.4-seed0"]
+
+
+def test_a_setting_newer_than_the_row_counts_with_its_default(command, faked, tmp_path):
+    names, _ = faked
+    journal = tmp_path / "run" / "compare" / "rows.jsonl"
+    assert command("--strategies", "atp") == 0
+    (row,) = rows(journal)
+    del row["recipe"]["atp"]["lasso"]
+    journal.write_text(json.dumps(row) + "\n")
+    names.clear()
+    assert command("--strategies", "atp") == 0
+    assert names == []
+
+
+def test_strategies_agree_on_everything_but_the_atp_section(command, faked, tmp_path):
+    assert command("--strategies", "dense,atp,logits,paper,prune-then-tune:flap/global") == 0
+    recipes = [row["recipe"] for row in rows(tmp_path / "run" / "compare" / "rows.jsonl")]
+    assert len(recipes) == 5
+    others = [{k: v for k, v in recipe.items() if k != "atp"} for recipe in recipes]
+    assert all(other == others[0] for other in others)
+    assert recipes[-1]["atp"]["init_ranking"] == "global"
+
+
+def test_without_matplotlib_tables_are_still_written(command, faked, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    assert command("--strategies", "atp") == 0
+    assert "pip install 'atp[plots]'" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "run" / "compare").iterdir()) == [
+        "results.json",
+        "results.md",
+        "rows.jsonl",
+        "runs",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategies", "atp,prune-then-tune:magnitud"], "did you mean 'prune-then-tune:magnitude'?"),
+        (["--strategies", " , "], "--strategies is empty"),
+        (["--sparsity", "0.2,much"], "--sparsity 0.2,much: could not convert"),
+        (["--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
+        (["--sparsity", "0.999"], "sparsity"),
+        (["--seeds", "0,-1"], "seed=-1 is not allowed"),
+        (["--seeds", "0,1.5"], "--seeds 0,1.5: invalid literal"),
+        (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--data.validation", "null"], "data: `validation` is missing"),
+        (["--data.validation_windows", "0"], "validation_windows=0 is not allowed"),
+        (["--training.max_step", "5"], "did you mean 'max_steps'?"),
+        (["--training.eval_strategy", "sometimes"], "training: "),
+        (["--model.name_or_path", "./nowhere"], "./nowhere: no such folder"),
+        (["--atp", "false"], "--sparsity is missing"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_before_anything_runs(command, faked, tmp_path, capsys, arguments, message):
+    names, _ = faked
+    assert command(*arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert names == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_journal_is_refused(command, faked, tmp_path, capsys):
+    journal = tmp_path / "run" / "compare" / "rows.jsonl"
+    assert command("--strategies", "atp") == 0
+    journal.write_text("{]\n" + journal.read_text())
+    capsys.readouterr()
+    assert command("--strategies", "atp") == 2
+    assert "rows.jsonl, line 1: is not a row" in capsys.readouterr().err
+    shutil.rmtree(journal.parent)
+    assert command("--strategies", "atp") == 0
