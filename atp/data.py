@@ -86,15 +86,16 @@ def make_windows(
     """Tokenise `rows` into a data set of `input_ids` and `labels`.
 
     Args:
-        max_length: packed windows have exactly this many tokens, the last incomplete one is dropped; without packing
-            a row is cut to it: first the start of the prompt, then the end of the completion.
+        max_length: packed windows have exactly this many tokens, the last incomplete one is dropped, and each begins
+            with BOS where the tokenizer begins texts with it; without packing a row is cut to it: first the start of the prompt, then the end of the completion.
         completion_only: prompt tokens get the label -100.
 
     Raises:
         DataError: where nothing is left.
     """
     examples = _tokenise(rows, tokenizer, completion_only, progress)
-    windows = list(_pack(examples, max_length) if packing else _cut(examples, tokenizer, max_length))
+    bos = tokenizer.bos_token_id
+    windows = list(_pack(examples, max_length, bos) if packing else _cut(examples, tokenizer, max_length))
     if not windows:
         raise DataError(
             f"{len(rows)} row(s) do not fill one window of {max_length} tokens: give more text or lower max_length"
@@ -201,15 +202,23 @@ def _example(prompt: list[int], whole: list[int], eos: int | None, completion_on
     return _Example(ids, labels, length)
 
 
-def _pack(examples: Iterable[_Example], max_length: int) -> Iterator[_Example]:
+def _pack(examples: Iterable[_Example], max_length: int, bos: int | None) -> Iterator[_Example]:
+    """Windows cut from the stream of examples.
+
+    A tokenizer that begins texts with BOS begins every window with one, also in the middle of a text: without it
+    Gemma 3 270M's perplexity on medical text is three times as high. Nobody predicts a BOS, so it has no label.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for example in examples:
+        begins = [bos] if example.ids[:1] == [bos] else []
         ids += example.ids
-        labels += example.labels
+        labels += [IGNORED] * len(begins) + example.labels[len(begins) :]
         while len(ids) >= max_length:
             yield _Example(ids[:max_length], labels[:max_length], 0)
             ids, labels = ids[max_length:], labels[max_length:]
+            if ids and ids[:1] != begins:
+                ids, labels = begins + ids, [IGNORED] * len(begins) + labels
 
 
 def _cut(examples: Iterable[_Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[_Example]:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from atp.data import IGNORED, Row, check_disjoint, collator, make_windows, read_rows
 from atp.errors import DataError
@@ -89,6 +90,21 @@ def test_packed_windows_are_the_token_stream(rows, tokenizer):
     assert [i for w in windows["input_ids"] for i in w] == stream[: len(windows) * 16]
     assert windows["labels"] == windows["input_ids"]
     assert len(stream) - len(windows) * 16 < 16
+
+
+@pytest.mark.parametrize("length", [7, 16])
+def test_packed_windows_begin_with_bos_where_texts_do(rows, length):
+    tokenizer = tiny.tokenizer()
+    bos = tokenizer.bos_token_id
+    begin = TemplateProcessing(f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, bos)])
+    tokenizer.backend_tokenizer.post_processor = begin
+    windows = make_windows(rows, tokenizer, length, progress=False)
+    assert all(w["input_ids"][0] == bos and len(w["input_ids"]) == length for w in windows)
+    assert not any(label == bos for w in windows for label in w["labels"]), "nobody predicts a BOS"
+    plain = make_windows(rows, tiny.tokenizer(), 16, progress=False)
+    learned = [label for w in windows for label in w["labels"] if label != IGNORED]
+    stream = [i for w in plain["input_ids"] for i in w]
+    assert learned[: len(stream)] == stream[: len(learned)], "no other token is lost or doubled"
 
 
 @pytest.mark.parametrize("packing", [True, False])

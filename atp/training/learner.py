@@ -127,7 +127,7 @@ class DecisionLearner:
             self._set_start()
         decision = self.decision(final=True)
         self.attachment.require_gradients(False)
-        if self.step > 0:  # LoRA has learned under masks: what layers read under them counts
+        if self.config.decision != "criterion":  # LoRA has learned under masks: what layers read under them counts
             self.attachment.set_masks(decision)
         self._compensation.apply(decision)
         self.attachment.set_masks(decision)
