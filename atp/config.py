@@ -39,6 +39,8 @@ class ATPConfig:
         decision: `"generator"` learns them; `"criterion"` trains densely until `freeze_at` and then takes what `init`
             says of the weights as they are by then (prune-then-tune at 0, tune-then-prune at 1); `"logits"` learns one
             free logit per group instead of a network, as a control.
+        shots: with `decision="criterion"`, in how many equal steps of sparsity it decides, the first before training,
+            the last at `freeze_at`, each on the weights as LoRA has tuned them by then; 1 decides at `freeze_at` only.
         mode: `"joint"` takes mask gradients from the LoRA step itself; `"alternating"` spends a pass of its own over
             calibration data every `generator_every` steps (the paper's way).
         init: the criterion whose on-budget decision the generator starts from, or `"ones"` for nothing pruned.
@@ -82,6 +84,7 @@ class ATPConfig:
     round_to: int | None = None
 
     decision: str = "generator"
+    shots: int = 1
     mode: str = "joint"
     generator_every: int = 1
     init: str = "activation"
@@ -139,6 +142,7 @@ class ATPConfig:
             *(
                 (name, _positive_int(getattr(self, name)), "a positive integer")
                 for name in (
+                    "shots",
                     "generator_every",
                     "generator_hidden_size",
                     "generator_layers",

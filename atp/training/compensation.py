@@ -22,7 +22,7 @@ from atp.structure.space import PrunableLinear
 
 
 class Compensation:
-    """Applied once, when the decision becomes final.
+    """Applied whenever groups go for good.
 
     Args:
         how: `"none"`, `"bias"`, `"weights"`, or `"auto"`: weights where they are floating point, else nothing.
@@ -53,21 +53,28 @@ class Compensation:
         self._originals: dict[str, Tensor | None] = {}
 
     @torch.no_grad()
-    def apply(self, decision: Mapping[str, Tensor]) -> None:
-        """Change the base weights of every layer that loses inputs, by its inputs in the model as it is now."""
+    def apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+        """Change the base weights of every layer that loses inputs, by its inputs in the model as it is now.
+
+        Args:
+            decision: what is left from now on.
+            before: what was left, and has been compensated for already; `decision` is a part of it.
+        """
         if self.how == "none":
             return
+        had = {path: _kept_inputs(linear, before) for path, linear in self._linears.items()}
         keep = {path: _kept_inputs(linear, decision) for path, linear in self._linears.items()}
-        losing = {path: self._attachment.modules[path] for path in self._linears if not keep[path].all()}
+        losing = {p: self._attachment.modules[p] for p in self._linears if not torch.equal(had[p], keep[p])}
         if self._revertible:
-            self._originals = {path: _copy(base_layer(module), self._tensor) for path, module in losing.items()}
+            copies = {path: _copy(base_layer(module), self._tensor) for path, module in losing.items()}
+            self._originals = copies | self._originals
         if self.how == "weights":
             for path, gram in input_grams(losing, self._forward, self._batches):
-                _refit(losing[path], gram, keep[path].to(gram.device))
+                _refit(losing[path], gram, had[path].to(gram.device), keep[path].to(gram.device))
         else:
             for path, moments in input_moments(losing, self._forward, self._batches).items():
-                _shift(losing[path], moments.mean, keep[path])
-        self._applied = tuple(losing)
+                _shift(losing[path], moments.mean, had[path] & ~keep[path])
+        self._applied = tuple(dict.fromkeys((*self._applied, *losing)))
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that were changed, by `path.weight` or `path.bias`."""
@@ -113,18 +120,19 @@ def _copy(base: nn.Module, name: str) -> Tensor | None:
     return None if tensor is None else tensor.detach().to("cpu", copy=True)
 
 
-def _refit(module: nn.Module, gram: Tensor, keep: Tensor) -> None:
-    """So that base and adapter together, over the kept inputs, do what they did over all."""
+def _refit(module: nn.Module, gram: Tensor, had: Tensor, keep: Tensor) -> None:
+    """So that base and adapter together, over the kept inputs, do what they did over those it had."""
     weight, delta = base_layer(module).weight, adapter_delta(module)
-    weight.copy_(refitted(weight.float() + delta, gram, keep) - delta)
+    weight.copy_(refitted((weight.float() + delta) * had, gram, keep) - delta)
 
 
-def _shift(module: nn.Module, mean: Tensor, keep: Tensor) -> None:
+def _shift(module: nn.Module, mean: Tensor, lost: Tensor) -> None:
+    """Put the mean of what the `lost` inputs contributed into the bias."""
     base = base_layer(module)
-    lost = (dequantised_weight(base).float() + adapter_delta(module)).cpu()[:, ~keep] @ mean[~keep]
+    weight = (dequantised_weight(base).float() + adapter_delta(module)).cpu()
     if base.bias is None:
         base.bias = _frozen_bias(base)
-    base.bias.add_(lost.to(base.bias))
+    base.bias.add_((weight[:, lost] @ mean[lost]).to(base.bias))
 
 
 def _frozen_bias(base: nn.Linear) -> nn.Parameter:

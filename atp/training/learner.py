@@ -28,6 +28,9 @@ Masks = dict[str, Tensor]
 COMPENSATED = "compensated."
 """Prefix of changed base weights in saved state."""
 
+GONE = 1e4
+"""Taken off the logits of groups that an earlier shot removed: they never come back."""
+
 
 class DecisionLearner:
     """Owns the generator, its optimizer and random stream, and writes the masks.
@@ -61,6 +64,7 @@ class DecisionLearner:
         self._first: Masks = {}
         self.step = 0
         self.frozen_at: int | None = None
+        self._reached = 0.0
         self.metrics: dict[str, float] = {}
 
     def start(self) -> None:
@@ -84,6 +88,7 @@ class DecisionLearner:
             self.freeze()
             return
         if self.config.decision == "criterion":
+            self._take_shot()
             self._record(self.attachment.decision())
             return
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
@@ -122,18 +127,15 @@ class DecisionLearner:
 
     def freeze(self) -> None:
         """Make the noise-free decision on budget final; a criterion decides by the weights as they are now."""
-        if self.config.decision == "criterion" and self.step > 0:
-            self.attachment.set_masks(self.space.full())
-            self._set_start()
-        decision = self.decision(final=True)
         self.attachment.require_gradients(False)
-        if self.config.decision != "criterion":  # LoRA has learned under masks: what layers read under them counts
-            self.attachment.set_masks(decision)
-        self._compensation.apply(decision)
-        self.attachment.set_masks(decision)
+        if self.config.decision == "criterion":
+            self._take_shot(final=True)
+        else:
+            self.attachment.set_masks(self.decision(final=True))
+            self._compensation.apply(self.attachment.decision(), self.space.full())
         self.frozen_at = self.step
         self._noisy = None
-        self._record(decision)
+        self._record(self.attachment.decision())
 
     @torch.no_grad()
     def decision(self, final: bool = False) -> Masks:
@@ -141,7 +143,7 @@ class DecisionLearner:
         if self.frozen:
             return self.attachment.decision()
         if self.config.decision == "criterion" and not final:
-            return self.space.full()
+            return self.attachment.decision()
         sparsity = self.config.sparsity if final else self.schedule.sparsity(self.step)
         return project(self.generator(), self.space, sparsity)
 
@@ -175,7 +177,7 @@ class DecisionLearner:
         tensors |= {f"first.{k}": v for k, v in self._first.items()}
         tensors |= {f"{COMPENSATED}{k}": v for k, v in self._compensation.state().items()}
         tensors["random"] = self._random.get_state()
-        return tensors, {"step": self.step, "frozen_at": self.frozen_at}
+        return tensors, {"step": self.step, "frozen_at": self.frozen_at, "reached": self._reached}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
@@ -189,10 +191,24 @@ class DecisionLearner:
         self._decision = _under(tensors, "decision.")
         self._first = _under(tensors, "first.")
         self._compensation.load_state(_under(tensors, COMPENSATED))
-        self.step, self.frozen_at = values["step"], values["frozen_at"]
+        self.step, self.frozen_at, self._reached = values["step"], values["frozen_at"], values["reached"]
         self._noisy = None
         self.attachment.require_gradients(False)
         self.attachment.set_masks(self._decision)
+
+    def _take_shot(self, final: bool = False) -> None:
+        """Where a criterion's next decision is due: draw it among what is left, and compensate for what goes."""
+        sparsity = self.config.sparsity if final else self.schedule.sparsity(self.step)
+        if sparsity <= self._reached:
+            return
+        left = self.attachment.decision()
+        if self.step > 0:
+            self._set_start()
+        logits = {k: torch.where(left[k] > 0, z.cpu(), z.cpu() - GONE) for k, z in self.generator().items()}
+        decision = project(logits, self.space, sparsity)
+        self._compensation.apply(decision, left)
+        self.attachment.set_masks(decision)
+        self._reached = sparsity
 
     def _set_start(self) -> None:
         kept = {s.name: torch.full((s.size,), self.config.logit_bias) for s in self.space.sets}

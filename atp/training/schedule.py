@@ -27,7 +27,9 @@ class Schedule:
         return _between(self.config.noise, self.config.noise_end, self._until_freeze(step))
 
     def sparsity(self, step: int) -> float:
-        """The sparsity asked at this step; it ramps up from nothing only when starting from all ones."""
+        """The sparsity asked at this step; it grows from nothing in `shots`, or when starting from all ones."""
+        if self.config.decision == "criterion":
+            return self.config.sparsity * self._shots_due(step) / self.config.shots
         ramp = self.config.budget_ramp * self.freeze_step
         if self.config.init != "ones" or step >= ramp:
             return self.config.sparsity
@@ -36,6 +38,13 @@ class Schedule:
     def lasso(self, step: int) -> float:
         """beta_t of the group lasso: grows linearly over training."""
         return self.config.lasso * step / max(self.total_steps, 1)
+
+    def _shots_due(self, step: int) -> int:
+        """How many of a criterion's decisions have been drawn by `step`, this one included."""
+        last = self.config.shots - 1
+        if step >= self.freeze_step or last == 0:
+            return self.config.shots if step >= self.freeze_step else 0
+        return 1 + step * last // self.freeze_step
 
     def _until_freeze(self, step: int) -> float:
         return min(step / max(self.freeze_step, 1), 1.0)

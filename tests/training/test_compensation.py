@@ -46,7 +46,7 @@ def test_what_stays_stands_in_for_what_goes(space: str, how: str) -> None:
     attachment.set_masks(decision | ({"2.mlp_out": torch.ones(32)} if space == "disp" else {}))
     before = (layer(seen["x"]) - whole).square().mean()
     attachment.set_masks(attachment.space.full())
-    compensation.apply(decision)
+    compensation.apply(decision, attachment.space.full())
     attachment.set_masks(decision | ({"2.mlp_out": torch.ones(32)} if space == "disp" else {}))
     after = (layer(seen["x"]) - whole).square().mean()
     assert after < (0.9 if how == "weights" else 1.0) * before
@@ -56,7 +56,7 @@ def test_the_bias_is_the_mean_of_what_is_lost() -> None:
     _, attachment, decision, compensation = attached(how="bias")
     layer, inputs = attachment.modules[WRITER], []
     hook = layer.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach().double().flatten(0, 1)))
-    compensation.apply(decision)
+    compensation.apply(decision, attachment.space.full())
     hook.remove()
     gone = decision["2.mlp"] == 0
     weight = layer.get_base_layer().weight + layer.get_delta_weight("default")
@@ -69,7 +69,7 @@ def test_the_bias_is_the_mean_of_what_is_lost() -> None:
 def test_exported_equals_masked(space: str, uniform: bool, how: str, tmp_path) -> None:
     model, attachment, decision, compensation = attached(space, how, uniform)
     untouched = {k: v.clone() for k, v in model.state_dict().items()}
-    compensation.apply(decision)
+    compensation.apply(decision, attachment.space.full())
     attachment.set_masks(decision)
     assert any(not torch.equal(v, untouched.get(k, torch.tensor(0.0))) for k, v in model.state_dict().items())
     export(model, tmp_path / "pruned")
@@ -82,7 +82,7 @@ def test_exported_equals_masked(space: str, uniform: bool, how: str, tmp_path) -
 def test_state_puts_the_same_weights_into_a_fresh_model(how: str) -> None:
     model, attachment, decision, compensation = attached(how=how)
     assert compensation.state() == {}
-    compensation.apply(decision)
+    compensation.apply(decision, attachment.space.full())
     attachment.set_masks(decision)
     fresh, other, _, again = attached(how=how)
     again.load_state(compensation.state())
@@ -91,12 +91,37 @@ def test_state_puts_the_same_weights_into_a_fresh_model(how: str) -> None:
     assert torch.equal(families.logits(fresh), families.logits(model))
 
 
+def test_two_shots_compensate_once_for_each_group() -> None:
+    """Oracle: least squares from the original weight for the columns that are left, where inputs do not change."""
+    _, attachment, decision, _ = attached()
+    layer = attachment.modules[WRITER]
+    x = torch.randn(4, 40, 48, generator=torch.Generator().manual_seed(5)) * torch.linspace(0.2, 2.0, 48)
+    twice = Compensation("weights", attachment, lambda batch: layer(batch), [x])
+    original = layer.get_base_layer().weight + layer.get_delta_weight("default")
+    full = attachment.space.full()
+    first = {k: torch.where(torch.arange(len(m)) % 2 > 0, torch.ones(()), m) for k, m in decision.items()}
+    rest = {k: v for k, v in attachment.modules.items() if k != WRITER}
+    for path in rest:
+        twice._linears.pop(path, None)
+    twice.apply(first, full)
+    twice.apply(decision, first)
+    keep = decision["2.mlp"] > 0
+    flat = x.flatten(0, 1)
+    best = torch.linalg.lstsq(flat[:, keep], flat @ original.T).solution.T
+    fitted = (layer.get_base_layer().weight + layer.get_delta_weight("default"))[:, keep]
+
+    def error(columns: torch.Tensor) -> float:
+        return (flat[:, keep] @ columns.T - flat @ original.T).square().sum().item()
+
+    assert error(fitted) <= 1.02 * error(best)
+
+
 @pytest.mark.parametrize("how", ["weights", "bias"])
 def test_going_back_to_before(how: str) -> None:
     model, attachment, decision, _ = attached(how=how)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     revertible = Compensation(how, attachment, lambda ids: model(input_ids=ids), IDS, revertible=True)
-    revertible.apply(decision)
+    revertible.apply(decision, attachment.space.full())
     assert not runs.same(before, dict(model.state_dict()))
     revertible.load_state({})
     assert runs.same(before, dict(model.state_dict()))
@@ -115,7 +140,7 @@ def test_a_quantised_model_is_refused_or_left_alone() -> None:
     with pytest.raises(UnsupportedModelError, match=r"down_proj: its weight is quantised: use 'bias' or 'auto'"):
         Compensation("weights", attachment, lambda _: None, ())
     automatic = Compensation("auto", attachment, lambda _: None, ())
-    automatic.apply(decision)
+    automatic.apply(decision, attachment.space.full())
     assert (automatic.how, automatic.state()) == ("none", {})
 
 

@@ -141,6 +141,20 @@ def test_a_criterion_decides_by_the_weights_at_the_freeze_and_keeps_all_before()
     assert made.overlap()["mlp"] < 0.5
 
 
+def test_shots_take_away_step_by_step_and_nothing_comes_back() -> None:
+    made, calls = decided(0.5, decision="criterion", shots=3)
+    sparsities, last = [], None
+    for step in range(12):
+        made.begin_step(step)
+        now = made.attachment.decision()
+        sparsities.append(round(made.space.sparsity(now), 2))
+        assert last is None or all((now[k] <= last[k]).all() for k in now)
+        last = now
+    assert calls == [0, 5, 10]
+    assert sparsities == [0.13] * 5 + [0.27] * 5 + [0.4] * 2
+    assert made.frozen_at == 10
+
+
 def test_prune_then_tune_draws_once_and_overlaps_with_itself() -> None:
     made, calls = decided(0.0, decision="criterion")
     made.begin_step(0)
