@@ -87,7 +87,8 @@ def make_windows(
 
     Args:
         max_length: packed windows have exactly this many tokens, the last incomplete one is dropped, and each begins
-            with BOS where the tokenizer begins texts with it; without packing a row is cut to it: first the start of the prompt, then the end of the completion.
+            with BOS where the tokenizer begins texts with it; without packing a row is cut to this many: first the
+            start of the prompt, then the end of the completion.
         completion_only: prompt tokens get the label -100.
 
     Raises:
@@ -211,7 +212,7 @@ def _pack(examples: Iterable[_Example], max_length: int, bos: int | None) -> Ite
     ids: list[int] = []
     labels: list[int] = []
     for example in examples:
-        begins = [bos] if example.ids[:1] == [bos] else []
+        begins = [bos] if bos is not None and example.ids[:1] == [bos] else []
         ids += example.ids
         labels += [IGNORED] * len(begins) + example.labels[len(begins) :]
         while len(ids) >= max_length:

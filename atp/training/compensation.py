@@ -7,7 +7,7 @@ The base weights of those layers change, so they are part of a run's saved state
 (space `disp`), which nothing that stays can make up for.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ class Compensation:
     Args:
         how: `"none"`, `"bias"`, `"weights"`, or `"auto"`: weights where they are floating point, else nothing.
         forward: runs the model on one batch, under the masks as they are.
-        revertible: keep a copy of what is changed, so that `load_state` can go back to before.
+        revertible: keep a copy of what is changed, so that `apply` can start again from the original weights, and
+            `load_state` go back to them.
 
     Raises:
         UnsupportedModelError: where `"weights"` is asked of a quantised model.
@@ -58,23 +59,29 @@ class Compensation:
 
         Args:
             decision: what is left from now on.
-            before: what was left, and has been compensated for already; `decision` is a part of it.
+            before: what was left, and has been compensated for already; `decision` is a part of it. Where it is
+                everything, weights are refitted from the original ones, whatever an earlier call made of them.
         """
         if self.how == "none":
             return
         had = {path: _kept_inputs(linear, before) for path, linear in self._linears.items()}
         keep = {path: _kept_inputs(linear, decision) for path, linear in self._linears.items()}
         losing = {p: self._attachment.modules[p] for p in self._linears if not torch.equal(had[p], keep[p])}
-        if self._revertible:
-            copies = {path: _copy(base_layer(module), self._tensor) for path, module in losing.items()}
-            self._originals = copies | self._originals
+        anew = all(inputs.all() for inputs in had.values())
+        self._remember(losing)
         if self.how == "weights":
             for path, gram in input_grams(losing, self._forward, self._batches):
+                if anew:
+                    self._revert(path)
                 _refit(losing[path], gram, had[path].to(gram.device), keep[path].to(gram.device))
         else:
             for path, moments in input_moments(losing, self._forward, self._batches).items():
+                if anew:
+                    self._revert(path)
                 _shift(losing[path], moments.mean, had[path] & ~keep[path])
-        self._applied = tuple(dict.fromkeys((*self._applied, *losing)))
+        for path in set(self._applied) - set(losing) if anew else ():
+            self._revert(path)
+        self._applied = tuple(losing if anew else dict.fromkeys((*self._applied, *losing)))
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that were changed, by `path.weight` or `path.bias`."""
@@ -83,15 +90,28 @@ class Compensation:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, which may be nothing."""
-        for path, original in self._originals.items():
-            base = base_layer(self._attachment.modules[path])
-            if original is None:
-                base.register_parameter("bias", None)
-            else:
-                getattr(base, self._tensor).data.copy_(original)
-        self._originals = {}
+        for path in self._originals:
+            self._revert(path)
         self._applied = tuple(name.rsplit(".", 1)[0] for name in tensors)
+        self._remember(self._applied)
         load_compensated(self._attachment, tensors)
+
+    def _remember(self, paths: Iterable[str]) -> None:
+        """Keep what the base model holds at `paths`, where it is not kept already."""
+        for path in paths if self._revertible else ():
+            if path not in self._originals:
+                tensor = getattr(base_layer(self._attachment.modules[path]), self._tensor)
+                self._originals[path] = None if tensor is None else tensor.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def _revert(self, path: str) -> None:
+        base = base_layer(self._attachment.modules[path])
+        if path not in self._originals:
+            return
+        if (original := self._originals[path]) is None:
+            base.register_parameter("bias", None)
+        else:
+            getattr(base, self._tensor).copy_(original)
 
     @property
     def _tensor(self) -> str:
@@ -113,11 +133,6 @@ def _kept_inputs(linear: PrunableLinear, decision: Mapping[str, Tensor]) -> Tens
     """Which input features stay, bool, `(in_features,)`."""
     assert linear.cols is not None
     return decision[linear.cols.set].cpu()[linear.cols.owner] > 0
-
-
-def _copy(base: nn.Module, name: str) -> Tensor | None:
-    tensor = getattr(base, name)
-    return None if tensor is None else tensor.detach().to("cpu", copy=True)
 
 
 def _refit(module: nn.Module, gram: Tensor, had: Tensor, keep: Tensor) -> None:

@@ -70,8 +70,11 @@ class DecisionLearner:
     def start(self) -> None:
         """Draw the decision of `config.init` and start from it; not called when a run is resumed."""
         self._set_start()
-        if self.config.init != "ones":
-            self._first = project(self.generator(), self.space, self.config.sparsity)
+        if self.config.init == "ones":
+            return
+        self._first = project(self.generator(), self.space, self.config.sparsity)
+        if self.config.decision != "criterion" and self.schedule.freeze_step > 0:
+            self._compensation.apply(self._first, self.space.full())
 
     @property
     def frozen(self) -> bool:

@@ -117,6 +117,39 @@ def test_two_shots_compensate_once_for_each_group() -> None:
 
 
 @pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_decision_starts_from_the_original_weights(how: str, resumed: bool) -> None:
+    """Oracle: the decision applied to an untouched model, where the layers' inputs are the same for both."""
+    _, attachment, decision, _ = attached(how=how)
+    full = attachment.space.full()
+    other = full | {"0.mlp": decision["1.mlp"], "1.kv": torch.tensor([1.0, 0.0])}
+    inputs = {
+        path: torch.randn(1, 60, 48 if "mlp" in path else 32)
+        for path in attachment.modules
+        if "down" in path or "o_proj" in path
+    }
+
+    def feed(attached_to: object) -> None:
+        for path, x in inputs.items():
+            attached_to.modules[path](x)
+
+    twice = Compensation(how, attachment, lambda _: feed(attachment), [0], revertible=True)
+    twice.apply(other, full)
+    if resumed:
+        saved = {k: v.clone() for k, v in twice.state().items()}
+        _, attachment, _, _ = attached(how=how)
+        twice = Compensation(how, attachment, lambda _: feed(attachment), [0], revertible=True)
+        twice.load_state(saved)
+    twice.apply(decision, full)
+    _, untouched, _, _ = attached(how=how)
+    once = Compensation(how, untouched, lambda _: feed(untouched), [0])
+    once.apply(decision, full)
+    assert runs.same(dict(twice.state()), dict(once.state()))
+    weights = {p: m.get_base_layer().weight for p, m in attachment.modules.items()}
+    assert runs.same(weights, {p: m.get_base_layer().weight for p, m in untouched.modules.items()})
+
+
+@pytest.mark.parametrize("how", ["weights", "bias"])
 def test_going_back_to_before(how: str) -> None:
     model, attachment, decision, _ = attached(how=how)
     before = {k: v.clone() for k, v in model.state_dict().items()}
