@@ -205,14 +205,22 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     assert "train/atp/sparsity" in read.Tags()["scalars"]
 
 
+class WorseAndWorse(TrainerCallback):
+    """A metric that falls with every step, so that the first evaluation stays the best."""
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        kwargs["metrics"]["eval_score"] = -float(state.global_step)
+
+
 def test_early_stopping_and_best_model(tmp_path: Path) -> None:
     """The best checkpoint lies before the freeze: its decision comes back, frozen on budget, and is exported."""
     run = runs.trainer(
         tmp_path,
         runs.config(freeze_at=1.0),
         evaluation=runs.dataset(8, seed=7),
-        callbacks=(EarlyStoppingCallback(early_stopping_patience=1),),
-        greater_is_better=True,  # the loss falls, so the first evaluation stays the best
+        callbacks=(WorseAndWorse(), EarlyStoppingCallback(early_stopping_patience=1)),
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",

@@ -86,6 +86,10 @@ def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[
         raise CalibrationError(
             "rows cannot be held out of a streaming training set: pass ATPCallback(config, calibration_dataset=...)"
         )
+    if rows < batch_size:
+        raise CalibrationError(
+            f"calibration_rows={rows} is less than calibration_batch_size={batch_size}: raise one or lower the other"
+        )
     wanted = min(rows, int(len(dataset) * MOST_HELD_OUT))
     if wanted < batch_size:
         raise CalibrationError(

@@ -34,6 +34,8 @@ def test_streams_and_tiny_sets_are_refused() -> None:
         hold_out(DataLoader(Stream()), 4, 4, 0)
     with pytest.raises(CalibrationError, match="too few"):
         hold_out(DataLoader(range(10)), 4, 4, 0)
+    with pytest.raises(CalibrationError, match="calibration_rows=2 is less than calibration_batch_size=4"):
+        hold_out(DataLoader(range(100)), 2, 4, 0)
 
 
 def test_batches_wrap_around_and_need_labels() -> None:

@@ -162,6 +162,13 @@ def test_prune_then_tune_draws_once_and_overlaps_with_itself() -> None:
     assert made.overlap() == {"kv": 1.0, "mlp": 1.0}
 
 
+def test_a_kind_of_which_nothing_was_pruned_overlaps_wholly() -> None:
+    made, _ = decided(0.0, decision="criterion")
+    made.begin_step(0)
+    made._first = made._first | {s.name: torch.ones(s.size) for s in made.space.sets if s.kind == "kv"}
+    assert made.overlap() == {"kv": 1.0, "mlp": 1.0}
+
+
 def test_free_logits_learn_without_a_network() -> None:
     made, _ = decided(0.5, decision="logits", generator_lr=0.1)
     before = {k: v.clone() for k, v in made.generator().items()}
