@@ -87,10 +87,10 @@ class ATPConfig:
     shots: int = 1
     mode: str = "joint"
     generator_every: int = 1
-    init: str = "activation"
+    init: str = "surgeon"
     init_ranking: str | None = None
     protect: tuple[int, int] | None = None
-    freeze_at: float = 0.6
+    freeze_at: float = 0.2
     compensate: str = "auto"
     on_budget: bool = True
     budget_weight: float = 5.0
@@ -103,7 +103,7 @@ class ATPConfig:
     temperature: float = 0.4
     temperature_end: float = 0.4
     logit_bias: float = 3.0
-    noise: float = 0.2
+    noise: float = 0.0
     noise_end: float = 0.0
     init_scale: float = 1.0
 

@@ -1,6 +1,6 @@
 """README.md's tables and the plots, from the raw rows: `python benchmarks/quality/tables.py`.
 
-Each folder `results/SETTING/` is the `--out` of one `atp compare`; its `rows.jsonl` is what is committed. `--check` says
+Each folder `results/SETTING/` is the `--out` of one `atp compare`, of which `rows.jsonl` is committed. `--check` says
 whether the README is what the rows give, and changes nothing.
 """
 
