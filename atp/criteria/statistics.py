@@ -94,11 +94,12 @@ def curvatures(
     loss: Callable[[Any], Tensor],
     leaves: Sequence[Tensor],
     batches: Batches,
-    budget_bytes: int = 8 << 30,
+    budget_bytes: int | None = None,
 ) -> Iterator[tuple[str, Curvature]]:
     """Curvature of each of `layers`, by name, in their order.
 
-    No more than `budget_bytes` of factors are held at a time: beyond that the rows are passed through again.
+    No more than `budget_bytes` of factors are held at a time (by default a third of a GPU's free memory, or 8 GiB of the
+    CPU's): beyond that the rows are passed through again.
 
     Args:
         loss: the model's mean loss on one batch.
@@ -124,7 +125,7 @@ def input_grams(
     layers: Mapping[str, nn.Module],
     forward: Callable[[Any], object],
     batches: Batches,
-    budget_bytes: int = 8 << 30,
+    budget_bytes: int | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """As `curvatures`, but only sums of x xᵀ, `(in_features, in_features)`, from forward passes."""
     waiting = dict(layers)
@@ -170,10 +171,12 @@ def _watched_curvature(
             handle.remove()
 
 
-def _first_that_fit(waiting: Mapping[str, nn.Module], budget_bytes: int) -> dict[str, Curvature]:
+def _first_that_fit(waiting: Mapping[str, nn.Module], budget_bytes: int | None) -> dict[str, Curvature]:
     """Zeros for the first layers that fit the budget; for at least one."""
     ready: dict[str, Curvature] = {}
     held = 0
+    if budget_bytes is None:
+        budget_bytes = _spare_bytes(base_layer(next(iter(waiting.values()))).weight.device)
     for name, layer in waiting.items():
         base = base_layer(layer)
         held += 4 * (base.in_features**2 + base.out_features**2)
@@ -184,3 +187,9 @@ def _first_that_fit(waiting: Mapping[str, nn.Module], budget_bytes: int) -> dict
         )
         ready[name] = Curvature(inputs, gradients)
     return ready
+
+
+def _spare_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 3
+    return 8 << 30
