@@ -98,8 +98,8 @@ def curvatures(
 ) -> Iterator[tuple[str, Curvature]]:
     """Curvature of each of `layers`, by name, in their order.
 
-    No more than `budget_bytes` of factors are held at a time (by default a third of a GPU's free memory, or 8 GiB of the
-    CPU's): beyond that the rows are passed through again.
+    No more than `budget_bytes` of factors are held at a time (by default a third of a GPU's free memory, or 8 GiB on a
+    CPU): beyond that the rows are passed through again.
 
     Args:
         loss: the model's mean loss on one batch.
