@@ -237,7 +237,9 @@ class ATPCallback(TrainerCallback):
     def _start(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
     ) -> None:
-        self._calibration = calibrate(self.config, self._given_calibration, loader)
+        as_in_training = min(args.per_device_train_batch_size, self.config.calibration_rows)
+        rows_a_pass = self.config.calibration_batch_size or as_in_training
+        self._calibration = calibrate(self.config, self._given_calibration, loader, rows_a_pass)
         self._calibration_hashes = self._calibration.hashes() if self._calibration else set()
         self._checked_evaluation = False
         schedule = Schedule.of(self.config, state.max_steps)

@@ -71,7 +71,8 @@ class ATPConfig:
 
     Calibration:
         calibration_rows: rows held out of the training set when no calibration set is given.
-        calibration_batch_size: rows per calibration forward.
+        calibration_batch_size: rows per calibration pass; `None` takes the Trainer's per-device batch size, so that
+            backward passes over calibration rows need no more memory than a training step.
 
     Other:
         export: write `pruned/` when training ends.
@@ -110,7 +111,7 @@ class ATPConfig:
     lasso: float = 0.1
 
     calibration_rows: int = 32
-    calibration_batch_size: int = 4
+    calibration_batch_size: int | None = None
 
     export: bool = True
     seed: int = 0
@@ -127,6 +128,11 @@ class ATPConfig:
             ("init_ranking", self.init_ranking in (None, *RANKINGS), f"one of {', '.join(RANKINGS)}, or null"),
             ("compensate", self.compensate in COMPENSATIONS, f"one of {', '.join(COMPENSATIONS)}"),
             ("round_to", self.round_to is None or _positive_int(self.round_to), "a positive integer or null"),
+            (
+                "calibration_batch_size",
+                self.calibration_batch_size is None or _positive_int(self.calibration_batch_size),
+                "a positive integer or null",
+            ),
             ("protect", _is_protect(self.protect), "two non-negative integers or null"),
             ("freeze_at", _number(self.freeze_at) and 0 <= self.freeze_at <= 1, "a number in [0, 1]"),
             ("budget_ramp", _number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
@@ -148,7 +154,6 @@ class ATPConfig:
                     "generator_layers",
                     "generator_heads",
                     "calibration_rows",
-                    "calibration_batch_size",
                 )
             ),
             ("seed", isinstance(self.seed, int) and self.seed >= 0, "an integer >= 0"),

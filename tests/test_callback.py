@@ -205,6 +205,14 @@ def test_tensorboard_gets_the_metrics(tmp_path: Path) -> None:
     assert "train/atp/sparsity" in read.Tags()["scalars"]
 
 
+@pytest.mark.parametrize(("rows", "wanted"), [(8, 4), (3, 3)])
+def test_calibration_passes_are_no_larger_than_training_steps(tmp_path: Path, rows: int, wanted: int) -> None:
+    atp = runs.config(calibration_batch_size=None, calibration_rows=rows)
+    run = runs.trainer(tmp_path, atp, max_steps=1, per_device_train_batch_size=4)
+    run.train()
+    assert len(runs.callback_of(run)._batch(0)["input_ids"]) == wanted
+
+
 class WorseAndWorse(TrainerCallback):
     """A metric that falls with every step, so that the first evaluation stays the best."""
 

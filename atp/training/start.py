@@ -18,16 +18,16 @@ _MEASURED = ("activation", "flap", "surgeon", "taylor", "taylor2")
 """Criteria that look at calibration rows."""
 
 
-def calibrate(config: ATPConfig, given: Any, loader: DataLoader) -> Calibration | None:
+def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int) -> Calibration | None:
     """The calibration rows of a run: those given, else rows held out of `loader`; None where none are needed."""
     passes = config.mode == "alternating" and config.decision != "criterion"
     if not passes and config.init not in _MEASURED and config.compensate == "none":
         return None
     rows = given
     if rows is None:
-        held = hold_out(loader, config.calibration_rows, config.calibration_batch_size, config.seed)
+        held = hold_out(loader, config.calibration_rows, batch_size, config.seed)
         rows = [loader.dataset[i] for i in held]
-    return Calibration(rows, loader.collate_fn, config.calibration_batch_size)
+    return Calibration(rows, loader.collate_fn, batch_size)
 
 
 def start(
