@@ -119,8 +119,7 @@ class ATPCallback(TrainerCallback):
         """The alternating generator step where it is due, then this step's hard masks."""
         learner, step = self.learner, state.global_step
         learner.step = step
-        learns = self.config.mode == "alternating" and self.config.decision != "criterion"
-        alternating = learns and step % self.config.generator_every == 0
+        alternating = self.config.alternates and step % self.config.generator_every == 0
         if alternating and not learner.frozen and step < learner.schedule.freeze_step:
             turn = step // self.config.generator_every
             learner.alternate(lambda: self._loss(kwargs["model"], self._batch(turn)))
@@ -246,7 +245,7 @@ class ATPCallback(TrainerCallback):
         quiet = args.disable_tqdm or not state.is_world_process_zero
         loss = partial(self._loss, model)
         draw = partial(start, self.config, attachment, self._calibration, loss, quiet)
-        compensation = Compensation(self.config.compensate, attachment, loss, self._calibration or (), revertible=True)
+        compensation = Compensation(self.config.compensate, attachment, loss, self._calibration or ())
         self._learner = DecisionLearner(self.config, attachment, schedule, draw, compensation)
         if state.global_step > 0:
             self._learner.load_state(*self._load(self._resumed_from(args, state), args, state))

@@ -173,6 +173,11 @@ class ATPConfig:
         if self.uniform and self.space != "width":
             raise ConfigError(f"uniform=True needs space='width', not {self.space!r}: set uniform to false")
 
+    @property
+    def alternates(self) -> bool:
+        """Whether the decision is learned in passes of its own over calibration data."""
+        return self.mode == "alternating" and self.decision != "criterion"
+
     @classmethod
     def paper(cls, **changes: Any) -> "ATPConfig":
         """The settings of ATP (arXiv 2412.14426): alternating, from all ones, b = 3, tau = 0.4, lambda = 5.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from atp.structure.live import base_layer
 
@@ -67,12 +68,8 @@ def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor],
     def hook(name: str) -> Callable:
         return lambda _module, inputs: see(name, inputs[0].detach().flatten(0, -2).float())
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
+    with _removed_after([layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(eq=False)
@@ -163,11 +160,16 @@ def _watched_curvature(
 
         return forward_hook
 
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
+    with _removed_after([layer.register_forward_hook(hook(name)) for name, layer in layers.items()]):
+        yield
+
+
+@contextmanager
+def _removed_after(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
     try:
         yield
     finally:
-        for handle in handles:
+        for handle in hooks:
             handle.remove()
 
 

@@ -27,8 +27,6 @@ class Compensation:
     Args:
         how: `"none"`, `"bias"`, `"weights"`, or `"auto"`: weights where they are floating point, else nothing.
         forward: runs the model on one batch, under the masks as they are.
-        revertible: keep a copy of what is changed, so that `apply` can start again from the original weights, and
-            `load_state` go back to them.
 
     Raises:
         UnsupportedModelError: where `"weights"` is asked of a quantised model.
@@ -40,9 +38,8 @@ class Compensation:
         attachment: Attachment,
         forward: Callable[[Any], object],
         batches: Batches,
-        revertible: bool = False,
     ) -> None:
-        self._attachment, self._forward, self._batches, self._revertible = attachment, forward, batches, revertible
+        self._attachment, self._forward, self._batches = attachment, forward, batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         quantised = [path for path in self._linears if is_quantised(base_layer(attachment.modules[path]))]
         if how == "weights" and quantised:
@@ -98,7 +95,7 @@ class Compensation:
 
     def _remember(self, paths: Iterable[str]) -> None:
         """Keep what the base model holds at `paths`, where it is not kept already."""
-        for path in paths if self._revertible else ():
+        for path in paths:
             if path not in self._originals:
                 tensor = getattr(base_layer(self._attachment.modules[path]), self._tensor)
                 self._originals[path] = None if tensor is None else tensor.detach().to("cpu", copy=True)

@@ -143,9 +143,7 @@ class DecisionLearner:
     @torch.no_grad()
     def decision(self, final: bool = False) -> Masks:
         """The noise-free decision on this step's budget (or on the final one)."""
-        if self.frozen:
-            return self.attachment.decision()
-        if self.config.decision == "criterion" and not final:
+        if self.frozen or (self.config.decision == "criterion" and not final):
             return self.attachment.decision()
         sparsity = self.config.sparsity if final else self.schedule.sparsity(self.step)
         return project(self.generator(), self.space, sparsity)

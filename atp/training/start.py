@@ -20,8 +20,7 @@ _MEASURED = ("activation", "flap", "surgeon", "taylor", "taylor2")
 
 def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int) -> Calibration | None:
     """The calibration rows of a run: those given, else rows held out of `loader`; None where none are needed."""
-    passes = config.mode == "alternating" and config.decision != "criterion"
-    if not passes and config.init not in _MEASURED and config.compensate == "none":
+    if not config.alternates and config.init not in _MEASURED and config.compensate == "none":
         return None
     rows = given
     if rows is None:

@@ -133,12 +133,12 @@ def test_another_decision_starts_from_the_original_weights(how: str, resumed: bo
         for path, x in inputs.items():
             attached_to.modules[path](x)
 
-    twice = Compensation(how, attachment, lambda _: feed(attachment), [0], revertible=True)
+    twice = Compensation(how, attachment, lambda _: feed(attachment), [0])
     twice.apply(other, full)
     if resumed:
         saved = {k: v.clone() for k, v in twice.state().items()}
         _, attachment, _, _ = attached(how=how)
-        twice = Compensation(how, attachment, lambda _: feed(attachment), [0], revertible=True)
+        twice = Compensation(how, attachment, lambda _: feed(attachment), [0])
         twice.load_state(saved)
     twice.apply(decision, full)
     _, untouched, _, _ = attached(how=how)
@@ -153,7 +153,7 @@ def test_another_decision_starts_from_the_original_weights(how: str, resumed: bo
 def test_going_back_to_before(how: str) -> None:
     model, attachment, decision, _ = attached(how=how)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    revertible = Compensation(how, attachment, lambda ids: model(input_ids=ids), IDS, revertible=True)
+    revertible = Compensation(how, attachment, lambda ids: model(input_ids=ids), IDS)
     revertible.apply(decision, attachment.space.full())
     assert not runs.same(before, dict(model.state_dict()))
     revertible.load_state({})
