@@ -22,6 +22,13 @@ CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "
 COMPENSATIONS = ("auto", "weights", "bias", "none")
 RANKINGS = ("block", "global", "standard")
 
+_LEARNING = (
+    *("mode", "generator_every", "on_budget", "budget_weight", "budget_ramp", "init_scale", "logit_bias"),
+    *("generator_lr", "generator_hidden_size", "generator_layers", "generator_heads"),
+    *("temperature", "temperature_end", "noise", "noise_end"),
+)
+"""Settings that only a decision that is learned looks at."""
+
 
 @dataclass(frozen=True)
 class ATPConfig:
@@ -222,6 +229,11 @@ class ATPConfig:
         """Plain values, ready for JSON or YAML."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def settings_in_use(self) -> dict[str, Any]:
+        """`to_dict` without the settings that no run with this `decision` looks at."""
+        unused = _LEARNING if self.decision == "criterion" else ("shots",)
+        return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the settings as YAML."""

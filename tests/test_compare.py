@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from atp.cli import main
-from atp.commands import child
+from atp.commands.comparison import child
 from tests import tiny
 
 TIMINGS = "dense,atp,tune-then-prune:magnitude"
@@ -252,6 +252,28 @@ def test_a_setting_newer_than_the_row_counts_with_its_default(command, faked, tm
     journal.write_text(json.dumps(row) + "\n")
     names.clear()
     assert command("--strategies", "atp") == 0
+    assert names == []
+
+
+@pytest.mark.parametrize(
+    ("strategy", "setting", "extended"),
+    [
+        ("prune-then-tune:flap", "noise", True),
+        ("prune-then-tune:flap", "generator_lr", True),
+        ("prune-then-tune:flap", "calibration_rows", False),
+        ("atp", "noise", False),
+        ("atp", "shots", True),
+    ],
+)
+def test_a_default_that_a_run_never_looks_at_may_change(command, faked, tmp_path, strategy, setting, extended):
+    names, _ = faked
+    journal = tmp_path / "run" / "compare" / "rows.jsonl"
+    assert command("--strategies", strategy) == 0
+    (row,) = rows(journal)
+    row["recipe"]["atp"][setting] = 7
+    journal.write_text(json.dumps(row) + "\n")
+    names.clear()
+    assert command("--strategies", strategy) == (0 if extended else 2)
     assert names == []
 
 

@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from atp.commands.child import remove_weights, run_child
+from atp.commands.comparison.child import remove_weights, run_child
+from atp.commands.comparison.journal import append_row, read_journal, replace_journal
+from atp.commands.comparison.plan import Run, check_plan, differences, make_plan, make_run
+from atp.commands.comparison.results import report
 from atp.commands.output import write_json
-from atp.commands.plan import Run, check_plan, differences, make_plan, make_run
-from atp.commands.results import report
-from atp.commands.rows import append_row, read_journal, replace_journal
 from atp.config import COMPENSATIONS, CRITERIA, RANKINGS
 from atp.errors import ConfigError
 from atp.recipe import Recipe

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import atp
+from atp.commands.comparison.plan import Run, identity
 from atp.commands.output import write_text
-from atp.commands.plan import Run, identity
 
 _WEIGHTS = ("checkpoint-*", "final", "pruned")
 _LOG = "train.log"

@@ -86,17 +86,24 @@ def differences(row: Mapping[str, Any], run: Run) -> list[str]:
     """Settings in which a finished row's recipe differs from the run's, as `atp.sparsity: 0.4 there, 0.5 now`.
 
     The row's recipe is read like any other, so that a setting that is newer than the row counts with its default.
+    Settings that a run does not look at make no difference.
     """
     try:
-        there = dict(flatten(identity(Recipe.from_dict(row["recipe"] | {"output_dir": run.recipe.output_dir}))))
+        there = _in_use(Recipe.from_dict(row["recipe"] | {"output_dir": run.recipe.output_dir}))
     except ConfigError as error:
         return [str(error)]
-    now = dict(flatten(identity(run.recipe)))
+    now = _in_use(run.recipe)
     return [
         f"{key}: {there.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
         for key in sorted(there | now)
         if there.get(key) != now.get(key)
     ]
+
+
+def _in_use(recipe: Recipe) -> dict[str, Any]:
+    """What `identity` says, flat, of the settings that the run looks at."""
+    settings = identity(recipe) | ({"atp": recipe.atp.settings_in_use()} if recipe.atp else {})
+    return dict(flatten(settings))
 
 
 def check_plan(recipe: Recipe, runs: Sequence[Run]) -> None:
