@@ -21,6 +21,7 @@ DECISIONS = ("generator", "logits", "criterion")
 CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "random")
 COMPENSATIONS = ("auto", "weights", "bias", "none")
 RANKINGS = ("block", "global", "standard")
+IMPLS = ("auto", "eager", "compact")
 
 _LEARNING = (
     *("mode", "generator_every", "on_budget", "budget_weight", "budget_ramp", "init_scale", "logit_bias"),
@@ -82,6 +83,9 @@ class ATPConfig:
             backward passes over calibration rows need no more memory than a training step.
 
     Other:
+        impl: how layers compute once the decision is final: `"eager"` multiplies by the masks, `"compact"` computes
+            only what is kept, with the same values, `"auto"` does so where every pruned layer is a plain linear layer
+            or plain LoRA on one (not quantised, sharded or DoRA).
         export: write `pruned/` when training ends.
         seed: of the private random streams; the global ones are never touched.
     """
@@ -120,6 +124,7 @@ class ATPConfig:
     calibration_rows: int = 32
     calibration_batch_size: int | None = None
 
+    impl: str = "auto"
     export: bool = True
     seed: int = 0
 
@@ -134,6 +139,7 @@ class ATPConfig:
             ("init", self.init in (*CRITERIA, "ones"), f"one of {', '.join(CRITERIA)}, ones"),
             ("init_ranking", self.init_ranking in (None, *RANKINGS), f"one of {', '.join(RANKINGS)}, or null"),
             ("compensate", self.compensate in COMPENSATIONS, f"one of {', '.join(COMPENSATIONS)}"),
+            ("impl", self.impl in IMPLS, f"one of {', '.join(IMPLS)}"),
             ("round_to", self.round_to is None or _positive_int(self.round_to), "a positive integer or null"),
             (
                 "calibration_batch_size",

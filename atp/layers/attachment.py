@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
+from atp.layers.compact import compacted, is_plain
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, unmask_linear
 from atp.structure.live import causal_lm
 from atp.structure.space import Axis, Space
@@ -25,23 +26,25 @@ class Attachment:
         masks: one leaf tensor per group set, `(size,)`, float32, all ones at first. The layers read these very
             tensors: write into them with `set_masks`.
         modules: the live layers by path (LoRA layers where PEFT put one).
+        is_compact: whether layers compute only what is kept, see `compact`.
     """
 
     def __init__(self, model: nn.Module, space: Space) -> None:
         self.space = space
-        self.modules = {linear.path: causal_lm(model).get_submodule(linear.path) for linear in space.linears}
+        self._lm = causal_lm(model)
+        self.modules = {linear.path: self._lm.get_submodule(linear.path) for linear in space.linears}
         device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
-        for linear in space.linears:
-            masks = LinearMasks(self._axis(linear.cols, linear.mask_cols), self._axis(linear.rows, linear.mask_rows))
-            if masks.inputs is not None or masks.outputs is not None:
-                mask_linear(self.modules[linear.path], masks)
+        self.is_compact = False
+        self._put_masks()
         self._guarded = model.base_model if isinstance(model, PeftModel) else None
         for name in _UNLOADING if self._guarded is not None else ():
             setattr(self._guarded, name, _refuse_unloading)
 
     def set_masks(self, values: Mapping[str, Tensor]) -> None:
         """Write `values` into the masks in place, forgetting their gradients."""
+        if self.is_compact:
+            self._put_masks()
         with torch.no_grad():
             for name, leaf in self.masks.items():
                 leaf.copy_(values[name])
@@ -57,6 +60,23 @@ class Attachment:
         """A copy of the masks as they stand, on the CPU."""
         return {name: leaf.detach().cpu().clone() for name, leaf in self.masks.items()}
 
+    def compact(self) -> bool:
+        """Compute nothing but what the masks, 0 or 1 by now, keep: same values, fewer FLOPs, until `set_masks`.
+
+        Returns:
+            False, and nothing changes, where the model has layers other than plain linear and plain LoRA ones.
+        """
+        if self.not_plain():
+            return False
+        for path, compact in compacted(self.space, self._lm, self.masks).items():
+            mask_linear(self.modules[path], LinearMasks(None, None, compact))
+        self.is_compact = True
+        return True
+
+    def not_plain(self) -> str | None:
+        """Path of a layer that `compact` does not cover, if there is one."""
+        return next((path for path, module in self.modules.items() if not is_plain(module)), None)
+
     def remove(self) -> None:
         """Give every layer its own class back."""
         for module in self.modules.values():
@@ -64,6 +84,16 @@ class Attachment:
                 unmask_linear(module)
         for name in _UNLOADING if self._guarded is not None else ():
             delattr(self._guarded, name)
+
+    def _put_masks(self) -> None:
+        for linear in self.space.linears:
+            module = self.modules[linear.path]
+            masks = LinearMasks(self._axis(linear.cols, linear.mask_cols), self._axis(linear.rows, linear.mask_rows))
+            if masks.inputs is not None or masks.outputs is not None:
+                mask_linear(module, masks)
+            elif is_masked(module):
+                unmask_linear(module)
+        self.is_compact = False
 
     def _axis(self, axis: Axis | None, wanted: bool) -> AxisMask | None:
         return AxisMask.of(axis, self.masks[axis.set]) if wanted and axis is not None else None

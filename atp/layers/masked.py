@@ -5,12 +5,15 @@ The swap adds no parameter, buffer or submodule: state-dict keys, adapters and `
 `torch.compile` sees an ordinary `forward`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from atp.errors import UnsupportedModelError
+from atp.layers.compact import OVER, CompactLinear
 from atp.structure.space import Axis
 
 _SLOT = "_atp_masks"
@@ -36,16 +39,18 @@ class AxisMask:
 
 @dataclass(frozen=True, eq=False)
 class LinearMasks:
-    """The masks of one linear layer; either side may be absent."""
+    """The masks of one linear layer; either side may be absent. Where there is a `compact`, it takes their place."""
 
     inputs: AxisMask | None
     outputs: AxisMask | None
+    compact: CompactLinear | None = None
 
 
 def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
-    """Make `module` multiply its inputs and outputs by `masks` from now on."""
+    """Make `module` multiply its inputs and outputs by `masks` from now on, instead of by those it had, if any."""
+    if not is_masked(module):
+        module.__class__ = _masked_class(type(module))  # type: ignore[arg-type]  # classes do hash
     object.__setattr__(module, _SLOT, masks)
-    module.__class__ = _masked_class(type(module))  # type: ignore[arg-type]  # classes do hash
 
 
 def unmask_linear(module: nn.Module) -> None:
@@ -63,12 +68,23 @@ def is_masked(module: nn.Module) -> bool:
 def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         masks: LinearMasks = self.__dict__[_SLOT]
+        if masks.compact is not None:
+            _check_plain_call(args, kwargs)
+            return masks.compact.forward(self, x)
         if masks.inputs is not None:
             x = masks.inputs.apply(x)
         y = cls.forward(self, x, *args, **kwargs)
         return y if masks.outputs is None else masks.outputs.apply(y)
 
-    return type(f"Masked{cls.__name__}", (cls,), {"forward": forward, "__module__": cls.__module__})
+    return type(f"Masked{cls.__name__}", (cls,), {"forward": forward, OVER: cls, "__module__": cls.__module__})
+
+
+def _check_plain_call(args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+    if args or any(value is not None for value in kwargs.values()):
+        raise UnsupportedModelError(
+            f"a layer under a final decision was called with {', '.join(kwargs) or 'more than its input'}: "
+            "set impl to 'eager'"
+        )
 
 
 def device_of(module: nn.Module) -> torch.device:

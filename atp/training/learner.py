@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from atp.config import ATPConfig
+from atp.errors import UnsupportedModelError
 from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
@@ -41,6 +42,9 @@ class DecisionLearner:
         draw: gives logits of `config.init` for the model as it is, `(size,)` per group set, or None for all ones
             (`config.logit_bias`).
         compensation: applied when the decision becomes final.
+
+    Raises:
+        UnsupportedModelError: where `impl="compact"` is asked of a model whose layers it does not cover.
     """
 
     def __init__(
@@ -53,6 +57,11 @@ class DecisionLearner:
     ) -> None:
         self.config, self.attachment, self.schedule = config, attachment, schedule
         self.space = attachment.space
+        if config.impl == "compact" and (path := attachment.not_plain()):
+            raise UnsupportedModelError(
+                f"impl='compact' needs plain linear layers, or plain LoRA on them, not quantised and not sharded, and "
+                f"{path} is none: use impl='auto'"
+            )
         device = next(iter(attachment.masks.values())).device
         self.generator = _emitter(config, self.space).to(device)
         self._draw, self._compensation = draw, compensation
@@ -138,6 +147,8 @@ class DecisionLearner:
             self._compensation.apply(self.attachment.decision(), self.space.full())
         self.frozen_at = self.step
         self._noisy = None
+        if self.config.impl != "eager":
+            self.attachment.compact()
         self._record(self.attachment.decision())
 
     @torch.no_grad()
@@ -196,6 +207,8 @@ class DecisionLearner:
         self._noisy = None
         self.attachment.require_gradients(False)
         self.attachment.set_masks(self._decision)
+        if self.frozen and self.config.impl != "eager":
+            self.attachment.compact()
 
     def _take_shot(self, final: bool = False) -> None:
         """Where a criterion's next decision is due: draw it among what is left, and compensate for what goes."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from atp.errors import UnsupportedModelError
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import attach
 from atp.structure.discovery import discover
@@ -177,3 +178,26 @@ def test_free_logits_learn_without_a_network() -> None:
     made.update_from_step()
     after = made.generator()
     assert all(after[k][0] < before[k][0] for k in before), "a group that costs loss falls"
+
+
+@pytest.mark.parametrize(("impl", "compact"), [("auto", True), ("compact", True), ("eager", False)])
+def test_a_final_decision_computes_only_what_is_kept_unless_asked_not_to(impl: str, compact: bool) -> None:
+    made = learner(impl=impl)
+    made.begin_step(0)
+    assert not made.attachment.is_compact
+    made.freeze()
+    assert made.attachment.is_compact == compact
+    state = made.state()
+    resumed = learner(impl=impl)
+    resumed.load_state(*state)
+    assert resumed.attachment.is_compact == compact
+
+
+def test_compact_is_refused_before_training_where_it_cannot_be_had() -> None:
+    attachment = learner().attachment
+    path = attachment.space.linears[1].path
+    attachment.modules[path].lora_variant["default"] = object()
+    config = runs.config(impl="compact")
+    unused = Compensation("none", attachment, lambda _: None, ())
+    with pytest.raises(UnsupportedModelError, match=f"{path} is none: use impl='auto'"):
+        DecisionLearner(config, attachment, Schedule.of(config, 20), lambda: None, unused)

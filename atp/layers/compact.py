@@ -1,0 +1,190 @@
+"""What a linear layer computes once its masks are final: the rows and columns that stay, and nothing else.
+
+y = W[rows][:, cols] x[cols] + s B[rows] (A[:, cols] x[cols]), the very values of the masked layer. LoRA's A and B stay
+the parameters that they were, at full size, so that optimizer states, checkpoints and exports know nothing of it; the
+base weight is copied once, in the dtype that the layer computes in.
+
+Between the layers of one block, KV groups and MLP channels that are gone are not there at all: attention and activation
+run on what is left. Residual dimensions are gathered and scattered, or multiplied by zero in the weight where so few
+of them are gone that moving the others would cost more.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from atp.structure.live import base_layer, is_quantised
+from atp.structure.space import KV, Axis, Space
+
+WORTH_MOVING = 0.8
+"""Residual dimensions are gathered and scattered where no more than this share of them stays."""
+
+_SEPARATE_READERS = 3
+"""q, k and v are layers of their own."""
+
+_HEAD_COUNTS = {"num_heads", "num_key_value_heads"}
+
+OVER = "_atp_over"
+"""Attribute of a masked layer's class: the class that it stands in for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The kept features of one axis.
+
+    Attributes:
+        keep: bool, `(features,)`, where the layer computes.
+        index: their positions; None where the others are multiplied by zero instead of left out.
+        passed_on: whether the tensor on this side holds kept features only.
+    """
+
+    keep: Tensor
+    index: Tensor | None
+    passed_on: bool
+
+    def of(self, weight: Tensor, dim: int) -> Tensor:
+        """Kept features of `weight` along `dim`."""
+        if self.index is not None:
+            return weight.index_select(dim, self.index)
+        return weight * self.keep.to(weight.dtype).reshape([-1 if d == dim else 1 for d in range(weight.dim())])
+
+
+@dataclass(eq=False)
+class CompactLinear:
+    """One layer's kept part."""
+
+    inputs: Side | None
+    outputs: Side | None
+    _base: dict[torch.dtype, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def forward(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The layer's output from `x`, whose last dimension holds kept inputs or all of them, as `inputs` says."""
+        inputs, outputs = self.inputs, self.outputs
+        if inputs is not None and inputs.index is not None and not inputs.passed_on:
+            x = x.index_select(-1, inputs.index)
+        base, adapters = base_layer(module), _adapters(module)
+        weight, bias = self._kept_base(base, _computing_dtype(x, base.weight), changing=adapters is None)
+        y = linear(x, weight, bias)
+        for name in adapters or ():
+            y = y + self._adapter(module, name, x).to(y.dtype)
+        if outputs is not None and outputs.index is not None and not outputs.passed_on:
+            y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
+        return y
+
+    def _adapter(self, module: Any, name: str, x: Tensor) -> Tensor:
+        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+        a = a if self.inputs is None else self.inputs.of(a, 1)
+        b = b if self.outputs is None else self.outputs.of(b, 0)
+        x = self._dropped(module.lora_dropout[name], x.to(a.dtype))
+        return linear(linear(x, a), b) * module.scaling[name]
+
+    def _dropped(self, dropout: nn.Module, x: Tensor) -> Tensor:
+        """LoRA's dropout, drawn over all inputs: the same numbers, and as many, as the masked layer draws."""
+        inputs = self.inputs
+        if inputs is None or inputs.index is None or not dropout.training or isinstance(dropout, nn.Identity):
+            return dropout(x)
+        factors = dropout(x.new_ones(*x.shape[:-1], len(inputs.keep)))
+        return x * factors.index_select(-1, inputs.index)
+
+    @torch.no_grad()
+    def _kept_base(self, base: nn.Linear, dtype: torch.dtype, changing: bool) -> tuple[Tensor, Tensor | None]:
+        """Kept weight and bias, made when they are first needed; every time where the base weight is `changing`."""
+        if changing:
+            return self._cut(base, dtype)
+        if dtype not in self._base:
+            self._base.clear()
+            self._base[dtype] = self._cut(base, dtype)
+        return self._base[dtype]
+
+    def _cut(self, base: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        weight: Tensor = base.weight
+        bias: Tensor | None = base.bias
+        if self.outputs is not None:
+            weight = self.outputs.of(weight, 0)
+            bias = bias if bias is None else self.outputs.of(bias, 0)
+        if self.inputs is not None:
+            weight = self.inputs.of(weight, 1)
+        return weight.to(dtype), bias if bias is None else bias.to(dtype)
+
+
+def compacted(space: Space, lm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, CompactLinear]:
+    """What is left of every layer that loses something, by path.
+
+    Args:
+        lm: the causal LM that holds the layers, all of them plain (`is_plain`).
+        masks: a hard decision, 0 or 1, `(size,)` per group set.
+    """
+    passed_on = _passed_on(space, lm)
+    found = {}
+    for layer in space.linears:
+        device = base_layer(lm.get_submodule(layer.path)).weight.device
+        inputs, outputs = (_side(axis, masks, passed_on, device) for axis in (layer.cols, layer.rows))
+        if inputs is not None or outputs is not None:
+            found[layer.path] = CompactLinear(inputs, outputs)
+    return found
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a layer, masked or not, computes W x + b, or that plus plain LoRA, in floating point."""
+    base = base_layer(module)
+    if unmasked_class(base) is not nn.Linear or is_quantised(base) or type(base.weight.data) is not Tensor:
+        return False  # the last: sharded over processes
+    if module is base:
+        return True
+    if unmasked_class(module) is not LoraLinear:
+        return False
+    lora: Any = module
+    return not lora.lora_variant and all(layer.bias is None for layer in lora.lora_B.values())
+
+
+def _passed_on(space: Space, lm: nn.Module) -> set[str]:
+    """Sets whose removed groups need not exist between the layers that make and read them.
+
+    MLP channels, and heads, but where attention counts on all of them: a norm spans them, their projections are packed
+    into one (and split by head counts), or the module keeps head counts of its own.
+    """
+    made = Counter(layer.rows.set for layer in space.linears if layer.rows is not None)
+    read = {layer.cols.set for layer in space.linears if layer.cols is not None}
+    fixed = {norm.axis.set for norm in space.norms}
+    for s in space.sets:
+        attention = lm.get_submodule(space.structure.blocks[s.block].attention.path)
+        if s.kind == KV and (made[s.name] < _SEPARATE_READERS or _HEAD_COUNTS & vars(attention).keys()):
+            fixed.add(s.name)
+    return (read & made.keys()) - fixed
+
+
+def _side(axis: Axis | None, masks: Mapping[str, Tensor], passed_on: set[str], device: torch.device) -> Side | None:
+    """The kept features of `axis`, or None where all are."""
+    if axis is None or (masks[axis.set] > 0).all():
+        return None
+    keep = masks[axis.set].cpu()[axis.owner.cpu()] > 0
+    inside = axis.set in passed_on
+    leave_out = inside or keep.float().mean() <= WORTH_MOVING
+    return Side(keep.to(device), torch.nonzero(keep).flatten().to(device) if leave_out else None, inside)
+
+
+def _adapters(module: nn.Module) -> list[str] | None:
+    """The adapters to add to the base; None while they are merged into it."""
+    if not isinstance(module, LoraLinear):
+        return []
+    if module.merged and module.disable_adapters:
+        module.unmerge()
+    if module.merged:
+        return None
+    return [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _computing_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def unmasked_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer, whether or not it is masked."""
+    return type(module).__dict__.get(OVER, type(module))

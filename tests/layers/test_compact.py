@@ -1,0 +1,163 @@
+"""Layers that compute only what is kept.
+
+Oracle: the masked model, which multiplies by the same masks; its gradients with respect to LoRA.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from atp.errors import UnsupportedModelError
+from atp.layers import attach, detach
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+from tests import families
+from tests.export.cases import random_masks
+
+every_case = pytest.mark.parametrize(
+    ("family", "space_name"), [(f, s) for f in families.FAMILIES for s in ("width", "disp")]
+)
+
+
+def _attached(family="llama", space_name="width", sparsity=0.4, model=None):
+    model = model or families.with_lora(families.build(family))
+    space = build_space(discover(model), space_name)
+    attachment = attach(model, space)
+    attachment.set_masks(random_masks(space, sparsity))
+    return model, attachment
+
+
+def _logits_and_gradients(model):
+    model.zero_grad()
+    batch = families.tokens()
+    model(input_ids=batch, labels=batch).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return families.logits(model), gradients
+
+
+def _close(one, other):
+    return families.relative_error(one, other) <= 1e-5
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.4])
+@every_case
+def test_values_and_gradients_are_those_of_the_masked_model(family, space_name, sparsity):
+    model, attachment = _attached(family, space_name, sparsity)
+    logits, gradients = _logits_and_gradients(model)
+    assert attachment.compact()
+    compact_logits, compact_gradients = _logits_and_gradients(model)
+    assert _close(compact_logits, logits)
+    assert compact_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        if gradient.abs().max() > 1e-6:
+            assert families.relative_error(compact_gradients[name], gradient) <= 1e-4, name
+        else:
+            assert compact_gradients[name].abs().max() <= 1e-6, name
+    detach(model)
+    assert not any(type(module).__name__.startswith("Masked") for module in model.modules())
+
+
+@every_case
+def test_new_masks_put_the_masked_layers_back(family, space_name):
+    model, attachment = _attached(family, space_name)
+    before = families.logits(model)
+    attachment.compact()
+    other = random_masks(attachment.space, seed=1)
+    attachment.set_masks(other)
+    assert not attachment.is_compact
+    assert not _close(families.logits(model), before)
+    attachment.require_gradients(True)
+    batch = families.tokens()
+    model(input_ids=batch, labels=batch).loss.backward()
+    assert all(leaf.grad is not None for leaf in attachment.masks.values())
+
+
+def test_only_kept_channels_exist_between_the_layers_of_a_block():
+    model, attachment = _attached()
+    attachment.compact()
+    kept = {name: int(mask.sum()) for name, mask in attachment.masks.items()}
+    seen = {}
+    for path, layer in attachment.modules.items():
+        layer.register_forward_hook(lambda _m, x, y, path=path: seen.update({path: (x[0].shape[-1], y.shape[-1])}))
+    families.logits(model)
+    head = 48 // 6
+    for block in (0, 1):
+        heads, channels = 2 * head * kept[f"{block}.kv"], kept[f"{block}.mlp"]
+        assert seen[f"model.layers.{block}.self_attn.q_proj"] == (48, heads)
+        assert seen[f"model.layers.{block}.self_attn.o_proj"] == (heads, 48)
+        assert seen[f"model.layers.{block}.mlp.up_proj"] == (48, channels)
+        assert seen[f"model.layers.{block}.mlp.down_proj"] == (channels, 48)
+
+
+def test_adapters_may_be_switched_off_and_merged():
+    model, attachment = _attached()
+    with model.disable_adapter():
+        off = families.logits(model)
+    on = families.logits(model)
+    attachment.compact()
+    assert _close(families.logits(model), on)
+    with model.disable_adapter():
+        assert _close(families.logits(model), off)
+    model.merge_adapter()
+    assert _close(families.logits(model), on)
+    with model.disable_adapter():
+        assert _close(families.logits(model), off)
+    model.unmerge_adapter()
+    assert _close(families.logits(model), on)
+
+
+@pytest.mark.parametrize("space_name", ["width", "disp"])
+def test_dropout_is_drawn_as_in_the_masked_model(space_name):
+    model = families.with_lora(families.build("llama"), lora_dropout=0.5).train()
+    model, attachment = _attached(space_name=space_name, model=model)
+    batch, losses, after = families.tokens(), [], []
+    for step in (lambda: None, attachment.compact):
+        step()
+        torch.manual_seed(0)
+        losses.append(model(input_ids=batch, labels=batch).loss.item())
+        after.append(torch.rand(1))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert torch.equal(*after)
+
+
+def test_the_base_weight_is_copied_in_the_dtype_that_computes():
+    model, attachment = _attached()
+    attachment.compact()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = families.logits(model)
+    assert families.relative_error(low.float(), families.logits(model)) <= 5e-2
+    attachment.set_masks(attachment.decision())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert families.relative_error(families.logits(model), low) <= 2e-2
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}])
+def test_other_kinds_of_lora_stay_masked(settings):
+    model = families.build("llama")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", **settings))
+    model, attachment = _attached(model=model)
+    expected = families.logits(model)
+    assert not attachment.compact()
+    assert not attachment.is_compact
+    assert torch.equal(families.logits(model), expected)
+
+
+def test_what_only_the_layers_own_forward_can_do_is_refused():
+    _, attachment = _attached()
+    attachment.compact()
+    layer = attachment.modules["model.layers.0.mlp.up_proj"]
+    with pytest.raises(UnsupportedModelError, match="called with adapter_names: set impl to 'eager'"):
+        layer(torch.zeros(1, 48), adapter_names=["default"])
+
+
+def test_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        model, attachment = _attached()
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        attachment.compact()
+        gradients.append(_logits_and_gradients(model)[1])
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
