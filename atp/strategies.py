@@ -44,7 +44,13 @@ CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
 """What each criterion changes, as its authors run it; a criterion that is not here runs with `ATPConfig`'s defaults."""
 
 _SHARED = (
-    *("sparsity", "space", "uniform", "round_to", "seed", "calibration_rows", "calibration_batch_size"),
+    "sparsity",
+    "space",
+    "uniform",
+    "round_to",
+    "seed",
+    "calibration_rows",
+    "calibration_batch_size",
     "impl",
 )
 """What every strategy takes from the recipe: the task, not the way to solve it."""
