@@ -8,6 +8,9 @@ import json
 import os
 import shutil
 import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -61,7 +64,7 @@ def started(monkeypatch):
     """Names of the runs started, each in this process; a test may put an exit status, or an exception, under a name."""
     names, outcomes = [], {}
 
-    def launch(arguments, log):
+    def launch(arguments, log, jobs=1):
         name = log.parent.name
         names.append(name)
         outcome = outcomes.get(name, 0)
@@ -81,7 +84,7 @@ def faked(started, monkeypatch):
     """As `started`, but a run only writes metrics: for tests of what happens around the runs."""
     names, outcomes = started
 
-    def launch(arguments, log):
+    def launch(arguments, log, jobs=1):
         names.append(log.parent.name)
         outcome = outcomes.get(names[-1], 0)
         if isinstance(outcome, type):
@@ -201,8 +204,8 @@ def test_a_failed_run_leaves_the_others_and_is_tried_again(command, faked, tmp_p
 def test_a_loss_that_is_not_finite_is_a_failed_run(command, faked, monkeypatch, tmp_path):
     launch = child.launch
 
-    def diverged(arguments, log):
-        status = launch(arguments, log)
+    def diverged(arguments, log, jobs=1):
+        status = launch(arguments, log, jobs)
         metrics = json.loads((log.parent / "metrics.json").read_text())
         metrics["validation"]["nll"] = float("nan")
         (log.parent / "metrics.json").write_text(json.dumps(metrics))
@@ -224,6 +227,47 @@ def test_ctrl_c_ends_with_a_message_and_the_same_command_goes_on(command, faked,
     names.clear()
     assert command("--strategies", "atp,paper") == 0
     assert names == ["paper-0.4-seed0"]
+
+
+def test_jobs_run_side_by_side_and_every_row_says_so(command, faked, monkeypatch, tmp_path):
+    names, outcomes = faked
+    outcomes["paper-0.4-seed0"] = 3
+    together, one_run = threading.Barrier(2), child.launch
+
+    def launch(arguments, log, jobs=1):
+        together.wait(timeout=30)  # breaks unless two are running
+        return one_run(arguments, log, jobs)
+
+    monkeypatch.setattr(child, "launch", launch)
+    assert command("--strategies", "atp,paper", "--seeds", "0,1", "--jobs", "2") == 1
+    found = {row["name"]: row for row in rows(tmp_path / "run" / "compare" / "rows.jsonl")}
+    assert len(found) == len(names) == 4
+    assert {row["jobs"] for row in found.values()} == {2}
+    assert [name for name, row in found.items() if row["status"] == "failed"] == ["paper-0.4-seed0"]
+
+
+def test_children_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(child.os, "cpu_count", lambda: 8)
+    assert "OMP_NUM_THREADS" not in child._environment(1)
+    assert child._environment(3)["OMP_NUM_THREADS"] == "2"
+    assert child._environment(16)["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert child._environment(3)["OMP_NUM_THREADS"] == "5"
+
+
+def test_all_children_are_killed_when_the_command_is_stopped(monkeypatch, tmp_path):
+    slow = tmp_path / "python"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(child.sys, "executable", str(slow))
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(child.launch, ["train"], tmp_path / f"{i}.log") for i in range(2)]
+        while len(child._alive) < 2:
+            time.sleep(0.01)
+        child.stop_children()
+        assert [future.result(timeout=30) for future in running] == [-9, -9]
+    assert not child._alive
 
 
 def test_a_changed_recipe_is_refused_or_overwritten(command, faked, recipe, tmp_path, capsys):
@@ -306,6 +350,7 @@ def test_without_matplotlib_tables_are_still_written(command, faked, tmp_path, c
         (["--sparsity", "0.2,much"], "--sparsity 0.2,much: could not convert"),
         (["--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
         (["--sparsity", "0.999"], "sparsity"),
+        (["--jobs", "0"], "--jobs 0 is not allowed: give 1 or more"),
         (["--seeds", "0,-1"], "seed=-1 is not allowed"),
         (["--seeds", "0,1.5"], "--seeds 0,1.5: invalid literal"),
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),

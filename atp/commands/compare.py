@@ -1,19 +1,21 @@
 """`atp compare CONFIG.yaml`: the same recipe under several strategies, sparsities and seeds -> table, plots, answers.
 
-Every run is a process of its own. Its row is on the disk before the next run starts, so that a crash, a kill or Ctrl-C
-loses the run that was going on and nothing else; the same command goes on from there.
+Every run is a process of its own. Its row is on the disk as soon as it ends, so that a crash, a kill or Ctrl-C loses
+the runs that were going on and nothing else; the same command goes on from there.
 """
 
 import argparse
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
-from atp.commands.comparison.child import remove_weights, run_child
+from atp.commands.comparison.child import remove_weights, run_child, stop_children
 from atp.commands.comparison.journal import append_row, read_journal, replace_journal
 from atp.commands.comparison.plan import Run, check_plan, differences, make_plan, make_run
 from atp.commands.comparison.results import report
@@ -45,6 +47,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--sparsity", help="comma-separated, e.g. 0.2,0.4,0.5 (default: the recipe's)")
     parser.add_argument("--seeds", default="0", help="comma-separated, e.g. 0,1,2 (default 0)")
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default: output_dir/compare)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time on this machine (default 1); they slow each other's timings"
+    )
     parser.add_argument("--keep-models", action="store_true", help="keep the weights of every run")
     parser.add_argument(
         "--overwrite",
@@ -60,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = Recipe.from_yaml(arguments.config, arguments.overrides)
     out = Path(arguments.out or Path(recipe.output_dir) / "compare")
     sparsities = _values("--sparsity", arguments.sparsity, float) if arguments.sparsity else [_own_sparsity(recipe)]
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs {arguments.jobs} is not allowed: give 1 or more")
     strategies, seeds = _values("--strategies", arguments.strategies, str), _values("--seeds", arguments.seeds, int)
     plan = make_plan(recipe, strategies, sparsities, seeds, out / "runs")
     journal = out / "rows.jsonl"
@@ -76,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         replace_journal(journal, rows.values())
     try:
         with _terminate_like_ctrl_c():
-            rows |= _run_missing(plan, rows, journal, arguments.keep_models)
+            rows |= _run_missing(plan, rows, journal, arguments.keep_models, arguments.jobs)
     except KeyboardInterrupt:
         done = sum(row["status"] == "ok" for row in read_journal(journal).values())
         print(f"stopped: {done} finished run(s) are in {journal}; the same command goes on from there")
@@ -126,23 +133,38 @@ def _sorted_out(
 
 
 def _run_missing(
-    plan: Sequence[Run], rows: Mapping[str, Row], journal: Path, keep_models: bool
+    plan: Sequence[Run], rows: Mapping[str, Row], journal: Path, keep_models: bool, jobs: int
 ) -> dict[str, dict[str, Any]]:
-    """Run what has no finished row, writing each row before the next run starts."""
-    console = Console()
+    """Run what has no finished row, `jobs` at a time, writing each row as soon as its run has ended."""
     missing = [run for run in plan if rows.get(run.name, {}).get("status") != "ok"]
-    if there := len(plan) - len(missing):
-        print(f"{there} of {len(plan)} runs are finished already")
+    done = len(plan) - len(missing)
+    if done:
+        print(f"{done} of {len(plan)} runs are finished already")
     found = {}
-    for number, one in enumerate(missing, start=1 + there):
-        with console.status(f"{number} of {len(plan)}: {one.title} ({one.recipe.output_dir}/train.log)"):
-            row = run_child(one)
-        append_row(journal, row)
-        if not keep_models:
-            remove_weights(one)
-        print(f"{number} of {len(plan)}: {one.title}: {_outcome(row)}", flush=True)
-        found[one.name] = row
+    with ThreadPoolExecutor(jobs) as pool, Console().status(_waiting(done, plan, missing, jobs)) as status:
+        running = {pool.submit(run_child, one, jobs): one for one in missing}
+        try:
+            for future in as_completed(running):
+                one, row = running[future], future.result()
+                append_row(journal, row)
+                if not keep_models:
+                    remove_weights(one)
+                done += 1
+                found[one.name] = row
+                print(f"{done} of {len(plan)}: {one.title}: {_outcome(row)}", flush=True)
+                status.update(_waiting(done, plan, [run for run in missing if run.name not in found], jobs))
+        except BaseException:  # Ctrl-C: nothing new starts, and what is running ends before we leave
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in running):
+                stop_children()
+                time.sleep(0.05)
+            raise
     return found
+
+
+def _waiting(done: int, plan: Sequence[Run], left: Sequence[Run], jobs: int) -> str:
+    names = ", ".join(f"{one.title} ({one.recipe.output_dir}/train.log)" for one in left[:jobs])
+    return f"{done} of {len(plan)} finished; running {names}"
 
 
 def _outcome(row: Row) -> str:

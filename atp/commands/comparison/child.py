@@ -21,15 +21,22 @@ _WEIGHTS = ("checkpoint-*", "final", "pruned")
 _LOG = "train.log"
 
 
-def run_child(run: Run) -> dict[str, Any]:
-    """Train, and give the run's row: its `status` is `ok`, with all metrics, or `failed`, with what it ended with."""
+_alive: set[subprocess.Popen] = set()
+
+
+def run_child(run: Run, jobs: int = 1) -> dict[str, Any]:
+    """Train, and give the run's row: its `status` is `ok`, with all metrics, or `failed`, with what it ended with.
+
+    Args:
+        jobs: how many such runs share the machine: each gets its share of the CPU cores.
+    """
     folder = Path(run.recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     recipe, metrics = folder / "recipe.yaml", folder / "metrics.json"
     write_text(recipe, run.recipe.to_yaml())
     metrics.unlink(missing_ok=True)
     start = time.perf_counter()
-    status = launch(["train", str(recipe), "--overwrite"], folder / _LOG)
+    status = launch(["train", str(recipe), "--overwrite"], folder / _LOG, jobs)
     row: dict[str, Any] = {
         "name": run.name,
         "strategy": run.strategy,
@@ -37,6 +44,7 @@ def run_child(run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "status": "ok",
         "seconds": time.perf_counter() - start,
+        "jobs": jobs,
         "recipe": identity(run.recipe),
     }
     if status or not metrics.is_file():
@@ -47,17 +55,23 @@ def run_child(run: Run) -> dict[str, Any]:
     return row | results
 
 
-def launch(arguments: list[str], log: Path) -> int:
+def launch(arguments: list[str], log: Path, jobs: int = 1) -> int:
     """`python -m atp ARGUMENTS` with everything it prints in `log`; the exit status, negative for a signal."""
     command = [sys.executable, "-m", "atp", *arguments]
+    environment = _environment(jobs)
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_environment())
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
+        _alive.add(process)
         try:
             return process.wait()
-        except BaseException:  # Ctrl-C: do not leave until it is gone, the next try writes to the same folder
-            process.kill()
-            process.wait()
-            raise
+        finally:
+            _alive.discard(process)
+
+
+def stop_children() -> None:
+    """Kill what is running, so that nothing writes to a folder that the next try uses."""
+    for process in tuple(_alive):
+        process.kill()
 
 
 def remove_weights(run: Run) -> None:
@@ -67,13 +81,15 @@ def remove_weights(run: Run) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _environment() -> dict[str, str]:
-    """The child imports the `atp` that runs here, installed or not."""
+def _environment(jobs: int) -> dict[str, str]:
+    """The child imports the `atp` that runs here, installed or not, and takes no core from its neighbours."""
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // jobs, 1)))
     home = str(Path(atp.__file__).parents[1])
-    if home == sysconfig.get_path("purelib"):
-        return dict(os.environ)
-    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path}
+    if home != sysconfig.get_path("purelib"):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    return environment
 
 
 def _last_error(status: int, log: Path) -> str:
