@@ -32,6 +32,8 @@ def markdown(cells: Sequence[Cell], failed: Iterable[Mapping[str, Any]] = (), pl
         title = "Dense" if sparsity is None else f"{sparsity * 100:.4g} % of the prunable parameters removed"
         lines += [f"## {title}", "", *_table(here), ""]
     lines += [_LEGEND, ""]
+    if (jobs := max((cell.jobs for cell in cells), default=1)) > 1:
+        lines += [f"Up to {jobs} runs shared the machine at a time: times and latencies are longer than alone.", ""]
     if found := answers(cells):
         lines += ["## Answers", "", *(f"- **{question}** {answer}" for question, answer in found.items()), ""]
     if bad := [f"- `{row['name']}`: exit status {row['exit_status']}: {row['error']}" for row in failed]:

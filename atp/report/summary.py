@@ -30,7 +30,7 @@ class Cell:
     dense's that is gone, 0 for the rival itself, 1 for a model as good as dense. `perplexity_to_rival`, `relative_nll`
     and the `*_to_dense` figures are ratios. Latencies are medians over seeds: a prompt read, one token written; memory
     is the peak of training. `overlap`: per group kind, the share of the groups pruned by the decision drawn before
-    tuning that the final one prunes too.
+    tuning that the final one prunes too. `jobs`: how many runs shared the machine, at most.
     """
 
     strategy: str
@@ -52,6 +52,7 @@ class Cell:
     memory_to_dense: float | None
     train_seconds: float
     overlap: dict[str, float] | None
+    jobs: int
 
 
 def summarise(rows: Iterable[Row]) -> list[Cell]:
@@ -105,6 +106,7 @@ def _cell(
         memory_to_dense=_ratio(memory, _mean_known(dense, _peak_memory) if dense else None),
         train_seconds=_mean(rows, lambda row: row["training"]["train_runtime"]),
         overlap=_overlap(rows),
+        jobs=max(row.get("jobs", 1) for row in rows),
     )
 
 

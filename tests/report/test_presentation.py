@@ -50,6 +50,12 @@ def test_markdown_holds_tables_answers_failures_and_plots():
     assert "Failed" not in markdown(CELLS)
 
 
+def test_markdown_says_that_runs_shared_the_machine():
+    assert "shared the machine" not in markdown(CELLS)
+    shared = summarise([*ROWS[:-1], ROWS[0] | {"name": "dense-None-9", "seed": 9, "jobs": 3}])
+    assert "Up to 3 runs shared the machine" in markdown(shared)
+
+
 def test_plots_are_png_images():
     pytest.importorskip("matplotlib")
     for draw in (sparsity_plot, size_plot):
