@@ -121,7 +121,7 @@ class ATPConfig:
 
     lasso: float = 0.1
 
-    calibration_rows: int = 32
+    calibration_rows: int = 64
     calibration_batch_size: int | None = None
 
     impl: str = "auto"
