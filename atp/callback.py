@@ -244,8 +244,9 @@ class ATPCallback(TrainerCallback):
         schedule = Schedule.of(self.config, state.max_steps)
         quiet = args.disable_tqdm or not state.is_world_process_zero
         loss = partial(self._loss, model)
-        draw = partial(start, self.config, attachment, self._calibration, loss, quiet)
         compensation = Compensation(self.config.compensate, attachment, loss, self._calibration or ())
+        grams = compensation.grams if compensation.how == "weights" else None
+        draw = partial(start, self.config, attachment, self._calibration, loss, quiet, grams)
         self._learner = DecisionLearner(self.config, attachment, schedule, draw, compensation)
         if state.global_step > 0:
             self._learner.load_state(*self._load(self._resumed_from(args, state), args, state))

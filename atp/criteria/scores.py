@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.criteria.statistics import Batches, Moments, curvatures, input_moments
+from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
 from atp.criteria.surgeon import removal_costs, square_root
 from atp.structure.live import base_layer, dequantised_weight
 from atp.structure.space import PrunableLinear, Space
@@ -49,12 +49,18 @@ def flap(space: Space, modules: Modules, forward: Callable[[Any], object], batch
 
 
 def surgeon(
-    space: Space, modules: Modules, masks: Mapping[str, Tensor], loss: Callable[[Any], Tensor], batches: Batches
+    space: Space,
+    modules: Modules,
+    masks: Mapping[str, Tensor],
+    loss: Callable[[Any], Tensor],
+    batches: Batches,
+    grams: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """What the loss rises by, nats a token, when a group goes after all cheaper ones and the layer is refitted.
 
     Args:
         masks: the model's live mask leaves, all ones.
+        grams: takes the mean of x xᵀ of every layer whose inputs are masked, as far as memory goes.
     """
     scores: dict[str, Tensor] = {}
     linears = {linear.path: linear for linear in _masked(space)}
@@ -68,6 +74,8 @@ def surgeon(
             sums = torch.zeros(int(linear.rows.owner.max()) + 1)
             scores[linear.rows.set] = sums.index_add_(0, linear.rows.owner, loss_of_row.cpu())
         if linear.cols is not None and linear.mask_cols:
+            if grams is not None and fits(grams, found.inputs):
+                grams[path] = found.inputs
             name = linear.cols.set  # all that read the same inputs (q, k and v) are one layer here
             weighed[name].append(square_root(found.gradients / 2) @ weight)
             if len(weighed[name]) == readers[name]:

@@ -191,6 +191,11 @@ def _first_that_fit(waiting: Mapping[str, nn.Module], budget_bytes: int | None) 
     return ready
 
 
+def fits(kept: Mapping[str, Tensor], another: Tensor) -> bool:
+    """Whether `another` statistic can be kept beside those that are."""
+    return sum(t.nbytes for t in kept.values()) + another.nbytes <= _spare_bytes(another.device)
+
+
 def _spare_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 3

@@ -7,7 +7,7 @@ The base weights of those layers change, so they are part of a run's saved state
 (space `disp`), which nothing that stays can make up for.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ class Compensation:
         how: `"none"`, `"bias"`, `"weights"`, or `"auto"`: weights where they are floating point, else nothing.
         forward: runs the model on one batch, under the masks as they are.
 
+    Attributes:
+        grams: Gram matrices of layers' inputs in the model as it is, by path, if somebody has measured them; used
+            and forgotten by `apply`.
+
     Raises:
         UnsupportedModelError: where `"weights"` is asked of a quantised model.
     """
@@ -47,6 +51,7 @@ class Compensation:
                 f"compensate='weights' cannot rewrite {quantised[0]}: its weight is quantised: use 'bias' or 'auto'"
             )
         self.how = ("none" if quantised else "weights") if how == "auto" else how
+        self.grams: dict[str, Tensor] = {}
         self._applied: tuple[str, ...] = ()
         self._originals: dict[str, Tensor | None] = {}
 
@@ -67,17 +72,15 @@ class Compensation:
         anew = all(inputs.all() for inputs in had.values())
         self._remember(losing)
         if self.how == "weights":
-            for path, gram in input_grams(losing, self._forward, self._batches):
-                if anew:
-                    self._revert(path)
-                _refit(losing[path], gram, had[path].to(gram.device), keep[path].to(gram.device))
+            grams = self._grams_of(losing)
+            found = {path: self._refitted(path, gram, had[path], keep[path], anew) for path, gram in grams}
         else:
-            for path, moments in input_moments(losing, self._forward, self._batches).items():
-                if anew:
-                    self._revert(path)
-                _shift(losing[path], moments.mean, had[path] & ~keep[path])
+            moments = input_moments(losing, self._forward, self._batches)
+            found = {path: self._shifted(path, m.mean, had[path] & ~keep[path], anew) for path, m in moments.items()}
         for path in set(self._applied) - set(losing) if anew else ():
             self._revert(path)
+        for path, tensor in found.items():  # not before all have been measured
+            self._put(path, tensor)
         self._applied = tuple(losing if anew else dict.fromkeys((*self._applied, *losing)))
 
     def state(self) -> dict[str, Tensor]:
@@ -100,51 +103,67 @@ class Compensation:
                 tensor = getattr(base_layer(self._attachment.modules[path]), self._tensor)
                 self._originals[path] = None if tensor is None else tensor.detach().to("cpu", copy=True)
 
-    @torch.no_grad()
+    def _grams_of(self, losing: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+        """Gram matrices of the layers' inputs: those at hand, and the others measured."""
+        ready = {path: self.grams[path] for path in losing if path in self.grams}
+        self.grams.clear()
+        rest = {path: layer for path, layer in losing.items() if path not in ready}
+        while ready:
+            path = next(iter(ready))
+            yield path, ready.pop(path)
+        yield from input_grams(rest, self._forward, self._batches)
+
+    def _refitted(self, path: str, gram: Tensor, had: Tensor, keep: Tensor, anew: bool) -> Tensor:
+        """The weight with which base and adapter, over the kept inputs, do what they did over those they had."""
+        layer = base_layer(self._attachment.modules[path])
+        weight = self._originals[path] if anew else layer.weight
+        assert weight is not None
+        weight, delta = weight.float().to(gram.device), adapter_delta(self._attachment.modules[path])
+        had, keep = had.to(gram.device), keep.to(gram.device)
+        return (refitted((weight + delta) * had, gram, keep) - delta).to("cpu", layer.weight.dtype)
+
+    def _shifted(self, path: str, mean: Tensor, lost: Tensor, anew: bool) -> Tensor:
+        """The bias with the mean of what the `lost` inputs contributed."""
+        layer = base_layer(self._attachment.modules[path])
+        bias = self._originals[path] if anew else layer.bias
+        weight = (dequantised_weight(layer).float() + adapter_delta(self._attachment.modules[path])).cpu()
+        moved = weight[:, lost] @ mean[lost]
+        return moved if bias is None else bias.cpu() + moved.to(bias.dtype)
+
     def _revert(self, path: str) -> None:
-        base = base_layer(self._attachment.modules[path])
-        if path not in self._originals:
-            return
-        if (original := self._originals[path]) is None:
-            base.register_parameter("bias", None)
-        else:
-            getattr(base, self._tensor).copy_(original)
+        if path in self._originals:
+            self._put(path, self._originals[path])
+
+    def _put(self, path: str, tensor: Tensor | None) -> None:
+        _put(base_layer(self._attachment.modules[path]), self._tensor, tensor)
 
     @property
     def _tensor(self) -> str:
         return "weight" if self.how == "weights" else "bias"
 
 
-@torch.no_grad()
 def load_compensated(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:
     """Write saved tensors, by `path.weight` or `path.bias`, into the base layers of a live model."""
     for key, tensor in tensors.items():
         path, name = key.rsplit(".", 1)
-        base = base_layer(attachment.modules[path])
-        if name == "bias" and base.bias is None:
-            base.bias = _frozen_bias(base)
-        getattr(base, name).copy_(tensor)
+        _put(base_layer(attachment.modules[path]), name, tensor)
+
+
+@torch.no_grad()
+def _put(base: nn.Linear, name: str, tensor: Tensor | None) -> None:
+    """Make `tensor` the weight or the bias of a layer; None takes the bias away."""
+    if tensor is None:
+        base.register_parameter(name, None)
+        return
+    if getattr(base, name) is None:
+        setattr(base, name, _frozen_bias(base))
+    getattr(base, name).copy_(tensor)
 
 
 def _kept_inputs(linear: PrunableLinear, decision: Mapping[str, Tensor]) -> Tensor:
     """Which input features stay, bool, `(in_features,)`."""
     assert linear.cols is not None
     return decision[linear.cols.set].cpu()[linear.cols.owner] > 0
-
-
-def _refit(module: nn.Module, gram: Tensor, had: Tensor, keep: Tensor) -> None:
-    """So that base and adapter together, over the kept inputs, do what they did over those it had."""
-    weight, delta = base_layer(module).weight, adapter_delta(module)
-    weight.copy_(refitted((weight.float() + delta) * had, gram, keep) - delta)
-
-
-def _shift(module: nn.Module, mean: Tensor, lost: Tensor) -> None:
-    """Put the mean of what the `lost` inputs contributed into the bias."""
-    base = base_layer(module)
-    weight = (dequantised_weight(base).float() + adapter_delta(module)).cpu()
-    if base.bias is None:
-        base.bias = _frozen_bias(base)
-    base.bias.add_((weight[:, lost] @ mean[lost]).to(base.bias))
 
 
 def _frozen_bias(base: nn.Linear) -> nn.Parameter:

@@ -101,6 +101,7 @@ class DecisionLearner:
             return
         if self.config.decision == "criterion":
             self._take_shot()
+            self._compensation.grams.clear()  # what is left would be of another model after this step
             self._record(self.attachment.decision())
             return
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0

@@ -35,19 +35,21 @@ def start(
     calibration: Calibration | None,
     loss: Callable[[Mapping[str, Any]], Tensor],
     quiet: bool,
+    grams: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor] | None:
     """Starting logits per group set, `(size,)`, or None for all ones.
 
     Args:
         loss: the model's loss on one batch, under the masks as they are.
         quiet: no progress bar.
+        grams: takes the Gram matrices of inputs that a criterion has measured, by path.
     """
     if config.init == "ones":
         return None
     space = attachment.space
     how = config.init_ranking or SUITABLE.get(config.init, "block")
     protect = suitable_protect(config.init, len(space.structure.blocks)) if config.protect is None else config.protect
-    ranked = rank(_scores(config, attachment, calibration, loss, quiet), space, how, protect)
+    ranked = rank(_scores(config, attachment, calibration, loss, quiet, grams), space, how, protect)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
 
@@ -57,6 +59,7 @@ def _scores(
     calibration: Calibration | None,
     loss: Callable[[Mapping[str, Any]], Tensor],
     quiet: bool,
+    grams: dict[str, Tensor] | None,
 ) -> dict[str, Tensor]:
     space = attachment.space
     if config.init == "random":
@@ -67,6 +70,6 @@ def _scores(
     if config.init in ("taylor", "taylor2"):
         return scores.taylor(space, attachment.masks, loss, batches, order=2 if config.init == "taylor2" else 1)
     if config.init == "surgeon":
-        return scores.surgeon(space, attachment.modules, attachment.masks, loss, batches)
+        return scores.surgeon(space, attachment.modules, attachment.masks, loss, batches, grams)
     by_inputs = {"activation": scores.activation, "flap": scores.flap}[config.init]
     return by_inputs(space, attachment.modules, loss, batches)

@@ -6,6 +6,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from atp.callback import restore
+from atp.criteria import statistics
 from atp.criteria.ranking import rank
 from atp.criteria.scores import magnitude
 from atp.errors import UnsupportedModelError
@@ -147,6 +148,32 @@ def test_another_decision_starts_from_the_original_weights(how: str, resumed: bo
     assert runs.same(dict(twice.state()), dict(once.state()))
     weights = {p: m.get_base_layer().weight for p, m in attachment.modules.items()}
     assert runs.same(weights, {p: m.get_base_layer().weight for p, m in untouched.modules.items()})
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_every_layer_is_measured_before_any_is_changed(space: str, monkeypatch) -> None:
+    """Oracle: enough memory to measure all in one pass."""
+    states = []
+    for budget in (1 << 30, 1):
+        monkeypatch.setattr(statistics, "_spare_bytes", lambda _device, budget=budget: budget)
+        _, attachment, decision, compensation = attached(space)
+        compensation.apply(decision, attachment.space.full())
+        states.append(dict(compensation.state()))
+    assert runs.same(*states)
+
+
+def test_measurements_at_hand_are_used_once_and_forgotten() -> None:
+    _, attachment, decision, measured = attached()
+    measured.apply(decision, attachment.space.full())
+    _, attachment, decision, given = attached()
+    linears = {linear.path: attachment.modules[linear.path] for linear in attachment.space.linears if linear.mask_cols}
+    given.grams |= {path: gram / 288 for path, gram in statistics.input_grams(linears, given._forward, IDS)}
+    given._forward = None  # nothing is left to measure
+    given.apply(decision, attachment.space.full())
+    assert given.grams == {}
+    expected = measured.state()
+    for name, tensor in given.state().items():
+        assert families.relative_error(tensor, expected[name]) <= 1e-5, name
 
 
 @pytest.mark.parametrize("how", ["weights", "bias"])
