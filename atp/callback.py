@@ -245,7 +245,7 @@ class ATPCallback(TrainerCallback):
         quiet = args.disable_tqdm or not state.is_world_process_zero
         loss = partial(self._loss, model)
         compensation = Compensation(self.config.compensate, attachment, loss, self._calibration or ())
-        grams = compensation.grams if compensation.how == "weights" else None
+        grams = compensation.grams if compensation.refits else None
         draw = partial(start, self.config, attachment, self._calibration, loss, quiet, grams)
         self._learner = DecisionLearner(self.config, attachment, schedule, draw, compensation)
         if state.global_step > 0:

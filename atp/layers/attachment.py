@@ -23,6 +23,7 @@ class Attachment:
 
     Attributes:
         space: the table that the masks belong to.
+        lm: the causal LM, without PEFT's wrapper.
         masks: one leaf tensor per group set, `(size,)`, float32, all ones at first. The layers read these very
             tensors: write into them with `set_masks`.
         modules: the live layers by path (LoRA layers where PEFT put one).
@@ -31,8 +32,8 @@ class Attachment:
 
     def __init__(self, model: nn.Module, space: Space) -> None:
         self.space = space
-        self._lm = causal_lm(model)
-        self.modules = {linear.path: self._lm.get_submodule(linear.path) for linear in space.linears}
+        self.lm = causal_lm(model)
+        self.modules = {linear.path: self.lm.get_submodule(linear.path) for linear in space.linears}
         device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
         self.is_compact = False
@@ -68,7 +69,7 @@ class Attachment:
         """
         if self.not_plain():
             return False
-        for path, compact in compacted(self.space, self._lm, self.masks).items():
+        for path, compact in compacted(self.space, self.lm, self.masks).items():
             mask_linear(self.modules[path], LinearMasks(None, None, compact))
         self.is_compact = True
         return True

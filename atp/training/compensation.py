@@ -1,6 +1,8 @@
 """Compensation: what a final decision leaves is made to stand in for what it takes, before LoRA goes on.
 
 weights   every layer whose inputs are pruned: its kept columns refitted in the least-squares sense (`criteria.surgeon`)
+follow    the same, then writers once more, block by block, so that the pruned stream follows the dense one
+          (`training.propagation`)
 bias      the mean of what pruned inputs contributed goes into the layer's bias (FLAP, arXiv 2312.11983)
 
 The base weights of those layers change, so they are part of a run's saved state. Not covered: what pruned rows wrote
@@ -8,6 +10,7 @@ The base weights of those layers change, so they are part of a run's saved state
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,15 +20,20 @@ from atp.criteria.statistics import Batches, input_grams, input_moments
 from atp.criteria.surgeon import refitted
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
+from atp.structure.discovery import Block
 from atp.structure.live import adapter_delta, base_layer, dequantised_weight, is_quantised
 from atp.structure.space import PrunableLinear
+from atp.training.propagation import follow
+
+_REFITS = ("weights", "follow")
 
 
 class Compensation:
     """Applied whenever groups go for good.
 
     Args:
-        how: `"none"`, `"bias"`, `"weights"`, or `"auto"`: weights where they are floating point, else nothing.
+        how: `"none"`, `"bias"`, `"weights"`, `"follow"`, or `"auto"`: `"follow"` where weights are floating point,
+            else nothing.
         forward: runs the model on one batch, under the masks as they are.
 
     Attributes:
@@ -33,7 +41,7 @@ class Compensation:
             and forgotten by `apply`.
 
     Raises:
-        UnsupportedModelError: where `"weights"` is asked of a quantised model.
+        UnsupportedModelError: where weights of a quantised model would have to change.
     """
 
     def __init__(
@@ -46,42 +54,49 @@ class Compensation:
         self._attachment, self._forward, self._batches = attachment, forward, batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         quantised = [path for path in self._linears if is_quantised(base_layer(attachment.modules[path]))]
-        if how == "weights" and quantised:
+        if how in _REFITS and quantised:
             raise UnsupportedModelError(
-                f"compensate='weights' cannot rewrite {quantised[0]}: its weight is quantised: use 'bias' or 'auto'"
+                f"compensate={how!r} cannot rewrite {quantised[0]}: its weight is quantised: use 'bias' or 'auto'"
             )
-        self.how = ("none" if quantised else "weights") if how == "auto" else how
+        self.how = ("none" if quantised else "follow") if how == "auto" else how
         self.grams: dict[str, Tensor] = {}
         self._applied: tuple[str, ...] = ()
         self._originals: dict[str, Tensor | None] = {}
 
     @torch.no_grad()
     def apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
-        """Change the base weights of every layer that loses inputs, by its inputs in the model as it is now.
+        """Change the base weights of every layer that loses inputs; masks are left as they were.
 
         Args:
             decision: what is left from now on.
             before: what was left, and has been compensated for already; `decision` is a part of it. Where it is
-                everything, weights are refitted from the original ones, whatever an earlier call made of them.
+                everything, whatever an earlier call made of the weights is undone first.
         """
         if self.how == "none":
             return
         had = {path: _kept_inputs(linear, before) for path, linear in self._linears.items()}
         keep = {path: _kept_inputs(linear, decision) for path, linear in self._linears.items()}
         losing = {p: self._attachment.modules[p] for p in self._linears if not torch.equal(had[p], keep[p])}
-        anew = all(inputs.all() for inputs in had.values())
+        if all(inputs.all() for inputs in had.values()):
+            self._revert_all()
         self._remember(losing)
-        if self.how == "weights":
-            grams = self._grams_of(losing)
-            found = {path: self._refitted(path, gram, had[path], keep[path], anew) for path, gram in grams}
-        else:
-            moments = input_moments(losing, self._forward, self._batches)
-            found = {path: self._shifted(path, m.mean, had[path] & ~keep[path], anew) for path, m in moments.items()}
-        for path in set(self._applied) - set(losing) if anew else ():
-            self._revert(path)
+        with self._masks(before):
+            if self.refits:
+                grams = self._grams_of(losing)
+                found = {path: self._refitted(path, gram, had[path], keep[path]) for path, gram in grams}
+            else:
+                moments = input_moments(losing, self._forward, self._batches)
+                found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
-        self._applied = tuple(losing if anew else dict.fromkeys((*self._applied, *losing)))
+        self._applied = tuple(dict.fromkeys((*self._applied, *losing)))
+        if self.how == "follow":
+            self._follow(decision)
+
+    @property
+    def refits(self) -> bool:
+        """Whether it changes weights, by Gram matrices."""
+        return self.how in _REFITS
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that were changed, by `path.weight` or `path.bias`."""
@@ -90,8 +105,7 @@ class Compensation:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, which may be nothing."""
-        for path in self._originals:
-            self._revert(path)
+        self._revert_all()
         self._applied = tuple(name.rsplit(".", 1)[0] for name in tensors)
         self._remember(self._applied)
         load_compensated(self._attachment, tensors)
@@ -113,33 +127,67 @@ class Compensation:
             yield path, ready.pop(path)
         yield from input_grams(rest, self._forward, self._batches)
 
-    def _refitted(self, path: str, gram: Tensor, had: Tensor, keep: Tensor, anew: bool) -> Tensor:
+    def _refitted(self, path: str, gram: Tensor, had: Tensor, keep: Tensor) -> Tensor:
         """The weight with which base and adapter, over the kept inputs, do what they did over those they had."""
-        layer = base_layer(self._attachment.modules[path])
-        weight = self._originals[path] if anew else layer.weight
-        assert weight is not None
-        weight, delta = weight.float().to(gram.device), adapter_delta(self._attachment.modules[path])
+        weight, delta = base_layer(self._attachment.modules[path]).weight, adapter_delta(self._attachment.modules[path])
         had, keep = had.to(gram.device), keep.to(gram.device)
-        return (refitted((weight + delta) * had, gram, keep) - delta).to("cpu", layer.weight.dtype)
+        return (refitted((weight.float() + delta) * had, gram, keep) - delta).to("cpu", weight.dtype)
 
-    def _shifted(self, path: str, mean: Tensor, lost: Tensor, anew: bool) -> Tensor:
+    def _shifted(self, path: str, mean: Tensor, lost: Tensor) -> Tensor:
         """The bias with the mean of what the `lost` inputs contributed."""
         layer = base_layer(self._attachment.modules[path])
-        bias = self._originals[path] if anew else layer.bias
         weight = (dequantised_weight(layer).float() + adapter_delta(self._attachment.modules[path])).cpu()
         moved = weight[:, lost] @ mean[lost]
-        return moved if bias is None else bias.cpu() + moved.to(bias.dtype)
+        return moved if layer.bias is None else layer.bias.cpu() + moved.to(layer.bias.dtype)
 
-    def _revert(self, path: str) -> None:
-        if path in self._originals:
+    def _follow(self, decision: Mapping[str, Tensor]) -> None:
+        """Refit writers under the masks of `decision`; masks are left as they were."""
+        attachment = self._attachment
+        blocks = attachment.space.structure.blocks
+        writers = {path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)}
+        keep = {path: _kept_inputs(self._linears[path], decision) for path in self._linears.keys() & writers}
+        self._remember(keep)
+        self._applied = tuple(dict.fromkeys((*self._applied, *keep)))
+        with self._masks(decision):
+            follow(attachment, keep, self._dense_block, self._forward, self._batches)
+
+    @contextmanager
+    def _masks(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        before = self._attachment.decision()
+        self._attachment.set_masks(values)
+        try:
+            yield
+        finally:
+            self._attachment.set_masks(before)
+
+    @contextmanager
+    def _dense_block(self, block: Block) -> Iterator[None]:
+        """One block as it was before anything was removed; adapters stay on."""
+        paths = [linear.path for linear in block.linears if linear.path in self._applied]
+        bases = {path: base_layer(self._attachment.modules[path]) for path in paths}
+        weights = {path: base.weight.data for path, base in bases.items()}
+        for path, base in bases.items():
+            original = self._originals[path]
+            assert original is not None
+            base.weight.data = original.to(base.weight.device)
+        try:
+            with self._masks(self._attachment.space.full()):
+                yield
+        finally:
+            for path, base in bases.items():
+                base.weight.data = weights[path]
+
+    def _revert_all(self) -> None:
+        for path in self._applied:
             self._put(path, self._originals[path])
+        self._applied = ()
 
     def _put(self, path: str, tensor: Tensor | None) -> None:
         _put(base_layer(self._attachment.modules[path]), self._tensor, tensor)
 
     @property
     def _tensor(self) -> str:
-        return "weight" if self.how == "weights" else "bias"
+        return "weight" if self.refits else "bias"
 
 
 def load_compensated(attachment: Attachment, tensors: Mapping[str, Tensor]) -> None:

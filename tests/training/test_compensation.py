@@ -65,7 +65,7 @@ def test_the_bias_is_the_mean_of_what_is_lost() -> None:
     torch.testing.assert_close(layer.get_base_layer().bias.double(), wanted, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize("how", ["weights", "follow", "bias"])
 @pytest.mark.parametrize(("space", "uniform"), [("width", False), ("width", True), ("disp", False)])
 def test_exported_equals_masked(space: str, uniform: bool, how: str, tmp_path) -> None:
     model, attachment, decision, compensation = attached(space, how, uniform)
@@ -79,7 +79,7 @@ def test_exported_equals_masked(space: str, uniform: bool, how: str, tmp_path) -
     assert (tmp_path / "pruned" / "modeling_atp.py").exists() == (not uniform or how == "bias")
 
 
-@pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize("how", ["weights", "follow", "bias"])
 def test_state_puts_the_same_weights_into_a_fresh_model(how: str) -> None:
     model, attachment, decision, compensation = attached(how=how)
     assert compensation.state() == {}
@@ -176,7 +176,7 @@ def test_measurements_at_hand_are_used_once_and_forgotten() -> None:
         assert families.relative_error(tensor, expected[name]) <= 1e-5, name
 
 
-@pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize("how", ["weights", "follow", "bias"])
 def test_going_back_to_before(how: str) -> None:
     model, attachment, decision, _ = attached(how=how)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -204,7 +204,7 @@ def test_a_quantised_model_is_refused_or_left_alone() -> None:
     assert (automatic.how, automatic.state()) == ("none", {})
 
 
-@pytest.mark.parametrize("how", ["weights", "bias"])
+@pytest.mark.parametrize("how", ["weights", "follow", "bias"])
 def test_a_finished_run_is_restored_with_its_changed_weights(how: str, tmp_path) -> None:
     run = runs.trainer(tmp_path, runs.config(compensate=how, impl="eager"))
     run.train()

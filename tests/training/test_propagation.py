@@ -1,0 +1,135 @@
+"""Propagation. Oracles: the dense model's stream; the normal equations in float64; what refitting alone gives."""
+
+import pytest
+import torch
+
+from atp.layers import attach
+from atp.structure.discovery import discover
+from atp.structure.live import causal_lm
+from atp.structure.space import build_space
+from atp.training import propagation
+from atp.training.compensation import Compensation
+from tests import families, runs
+from tests.export.cases import random_masks
+
+IDS = [families.tokens(rows=8, seed=seed) for seed in range(6)]
+EVERYWHERE = ("llama", "qwen3", "phi3", "starcoder2", "smollm3", "gpt_neox", "llama_biases")
+NOWHERE = ("gemma2", "gemma3", "olmo2", "granite")
+
+
+def compensated(how: str, family: str = "llama", space: str = "width", **changes: object) -> tuple:
+    model = families.with_lora(families.build(family, **changes))
+    table = build_space(discover(model), space)
+    attachment = attach(model, table)
+    decision = random_masks(table, 0.3)
+    compensation = Compensation(how, attachment, lambda ids: model(input_ids=ids), IDS)
+    compensation.apply(decision, table.full())
+    return model, attachment, decision, compensation
+
+
+def last_stream(model: torch.nn.Module) -> torch.Tensor:
+    """What the last block gives, before the final norm."""
+    found = []
+    lm = causal_lm(model)
+    block = lm.get_submodule(discover_path(model))
+    handle = block.register_forward_hook(lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y))
+    with torch.no_grad():
+        for ids in IDS:
+            model(input_ids=ids)
+    handle.remove()
+    return torch.cat(found)
+
+
+def discover_path(model: torch.nn.Module) -> str:
+    return discover(model).blocks[-1].path
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_the_pruned_stream_follows_the_dense_one_better_than_by_refitting_alone(family: str, space: str) -> None:
+    errors = {}
+    for how in ("weights", "follow"):
+        model, attachment, decision, _ = compensated(how, family, space)
+        pruned = families.with_lora(families.build(family))
+        dense = last_stream(pruned)
+        attachment.set_masks(decision)
+        errors[how] = families.relative_error(last_stream(model), dense)
+    assert errors["follow"] < 0.97 * errors["weights"]
+
+
+@pytest.mark.parametrize("family", NOWHERE)
+def test_blocks_that_do_more_than_add_are_only_refitted(family: str) -> None:
+    states = [dict(compensated(how, family)[3].state()) for how in ("weights", "follow")]
+    assert runs.same(*({k: v for k, v in state.items() if k in states[0]} for state in states))
+
+
+def test_the_last_writer_solves_the_normal_equations(monkeypatch) -> None:
+    monkeypatch.setattr(propagation, "PRIOR", 1e-6)
+    model, attachment, decision, _ = compensated("follow")
+    dense = last_stream(families.with_lora(families.build("llama"))).double().flatten(0, 1)
+    attachment.set_masks(decision)
+    path = discover(model).blocks[-1].mlp.writer.path
+    inputs = []
+    handle = attachment.modules[path].register_forward_pre_hook(lambda _m, args: inputs.append(args[0].detach()))
+    stream = last_stream(model).double().flatten(0, 1)
+    handle.remove()
+    keep = decision[[s.name for s in attachment.space.sets if s.kind == "mlp"][-1]] > 0
+    x = torch.cat(inputs).double().flatten(0, 1)[:, keep]
+    left = x.T @ (dense - stream)
+    assert left.norm() <= 1e-3 * x.norm() * (dense - stream).norm()
+
+
+def test_a_strong_prior_leaves_what_refitting_gave(monkeypatch) -> None:
+    monkeypatch.setattr(propagation, "PRIOR", 1e9)
+    states = [dict(compensated(how)[3].state()) for how in ("weights", "follow")]
+    for name, weight in states[0].items():
+        assert families.relative_error(states[1][name], weight) <= 1e-5, name
+
+
+def test_where_nothing_goes_nothing_changes() -> None:
+    model, attachment, _, _ = compensated("none")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    full = attachment.space.full()
+    Compensation("follow", attachment, lambda ids: model(input_ids=ids), IDS).apply(full, full)
+    for name, tensor in model.state_dict().items():
+        assert families.relative_error(tensor, before[name]) <= 1e-4, name
+
+
+def test_another_decision_follows_from_the_original_weights() -> None:
+    model, attachment, decision, compensation = compensated("follow")
+    first = {name: tensor.clone() for name, tensor in compensation.state().items()}
+    compensation.apply(random_masks(attachment.space, 0.3, seed=3), attachment.space.full())
+    assert not runs.same(first, dict(compensation.state()))
+    compensation.apply(decision, attachment.space.full())
+    for name, tensor in compensation.state().items():
+        assert families.relative_error(tensor, first[name]) <= 1e-4, name
+    compensation.load_state({})
+    untouched = families.with_lora(families.build("llama")).state_dict()
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
+
+
+def test_it_leaves_masks_mode_and_hooks_as_they_were() -> None:
+    model, attachment, decision, compensation = compensated("none")
+    model.train()
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    attachment.set_masks(attachment.space.full())
+    Compensation("follow", attachment, compensation._forward, IDS).apply(decision, attachment.space.full())
+    assert model.training
+    assert all(mask.all() for mask in attachment.decision().values())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in attachment.modules.values())
+    blocks = [attachment.lm.get_submodule(block.path) for block in attachment.space.structure.blocks]
+    assert not any(block._forward_pre_hooks for block in blocks)
+
+
+def test_it_runs_in_the_precision_of_the_forward_pass() -> None:
+    model, attachment, decision, _ = compensated("none")
+    seen = set()
+
+    def forward(ids: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids)
+
+    path = discover(model).blocks[0].attention.readers[0].path
+    attachment.modules[path].register_forward_hook(lambda _m, _a, y: seen.add(y.dtype))
+    Compensation("follow", attachment, forward, IDS).apply(decision, attachment.space.full())
+    assert seen == {torch.bfloat16}
