@@ -29,7 +29,7 @@ _REFITS = ("weights", "follow")
 
 
 class Compensation:
-    """Applied whenever groups go for good.
+    """Applied when groups go for good.
 
     Args:
         how: `"none"`, `"bias"`, `"weights"`, `"follow"`, or `"auto"`: `"follow"` where weights are floating point,
@@ -97,6 +97,10 @@ class Compensation:
     def refits(self) -> bool:
         """Whether it changes weights, by Gram matrices."""
         return self.how in _REFITS
+
+    def forget(self) -> None:
+        """Drop what has been measured: the model is about to change."""
+        self.grams.clear()
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that were changed, by `path.weight` or `path.bias`."""

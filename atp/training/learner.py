@@ -82,8 +82,6 @@ class DecisionLearner:
         if self.config.init == "ones":
             return
         self._first = project(self.generator(), self.space, self.config.sparsity)
-        if self.config.decision != "criterion" and self.schedule.freeze_step > 0:
-            self._compensation.apply(self._first, self.space.full())
 
     @property
     def frozen(self) -> bool:
@@ -101,9 +99,10 @@ class DecisionLearner:
             return
         if self.config.decision == "criterion":
             self._take_shot()
-            self._compensation.grams.clear()  # what is left would be of another model after this step
+            self._compensation.forget()
             self._record(self.attachment.decision())
             return
+        self._compensation.forget()
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
         with torch.set_grad_enabled(joint):
             self._noisy = self._sample()
