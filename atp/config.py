@@ -109,7 +109,7 @@ class ATPConfig:
     budget_weight: float = 5.0
     budget_ramp: float = 0.5
 
-    generator_lr: float = 1e-4
+    generator_lr: float = 1e-3
     generator_hidden_size: int = 64
     generator_layers: int = 2
     generator_heads: int = 4
@@ -199,7 +199,6 @@ class ATPConfig:
         Our Gumbel noise is centred and the paper's is not: its mean, 0.5772, is part of `logit_bias` here.
         """
         settings: dict[str, Any] = {
-            "generator_lr": 1e-3,
             "mode": "alternating",
             "init": "ones",
             "compensate": "none",

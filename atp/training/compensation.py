@@ -64,13 +64,14 @@ class Compensation:
         self._originals: dict[str, Tensor | None] = {}
 
     @torch.no_grad()
-    def apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    def apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor], final: bool = True) -> None:
         """Change the base weights of every layer that loses inputs; masks are left as they were.
 
         Args:
             decision: what is left from now on.
             before: what was left, and has been compensated for already; `decision` is a part of it. Where it is
                 everything, whatever an earlier call made of the weights is undone first.
+            final: whether nothing more will go; only then do writers follow the dense stream.
         """
         if self.how == "none":
             return
@@ -90,7 +91,7 @@ class Compensation:
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
         self._applied = tuple(dict.fromkeys((*self._applied, *losing)))
-        if self.how == "follow":
+        if self.how == "follow" and final:
             self._follow(decision)
 
     @property

@@ -82,6 +82,8 @@ class DecisionLearner:
         if self.config.init == "ones":
             return
         self._first = project(self.generator(), self.space, self.config.sparsity)
+        if self.config.decision != "criterion" and self.schedule.freeze_step > 0:
+            self._compensation.apply(self._first, self.space.full(), final=False)
 
     @property
     def frozen(self) -> bool:
@@ -220,7 +222,7 @@ class DecisionLearner:
             self._set_start()
         logits = {k: torch.where(left[k] > 0, z.cpu(), z.cpu() - GONE) for k, z in self.generator().items()}
         decision = project(logits, self.space, sparsity)
-        self._compensation.apply(decision, left)
+        self._compensation.apply(decision, left, final)
         self.attachment.set_masks(decision)
         self._reached = sparsity
 
