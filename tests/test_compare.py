@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from atp.cli import main
 from atp.commands.comparison import child
@@ -244,6 +245,17 @@ def test_jobs_run_side_by_side_and_every_row_says_so(command, faked, monkeypatch
     assert len(found) == len(names) == 4
     assert {row["jobs"] for row in found.values()} == {2}
     assert [name for name, row in found.items() if row["status"] == "failed"] == ["paper-0.4-seed0"]
+
+
+def test_a_folder_that_another_comparison_writes_to_is_refused(command, faked, tmp_path, capsys):
+    names, _ = faked
+    out = tmp_path / "run" / "compare"
+    out.mkdir(parents=True)
+    with FileLock(out / ".lock"):
+        assert command("--strategies", "atp") == 2
+    assert "another atp compare is running in" in capsys.readouterr().err
+    assert names == []
+    assert command("--strategies", "atp") == 0
 
 
 def test_children_share_the_cores(monkeypatch):

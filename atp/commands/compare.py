@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from atp.commands.comparison.child import remove_weights, run_child, stop_children
@@ -79,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
     check_plan(recipe, plan)
     out.mkdir(parents=True, exist_ok=True)
-    if changed:
-        replace_journal(journal, rows.values())
     try:
-        with _terminate_like_ctrl_c():
+        with _alone_in(out), _terminate_like_ctrl_c():
+            if changed:
+                replace_journal(journal, rows.values())
             rows |= _run_missing(plan, rows, journal, arguments.keep_models, arguments.jobs)
     except KeyboardInterrupt:
         done = sum(row["status"] == "ok" for row in read_journal(journal).values())
@@ -171,6 +172,16 @@ def _outcome(row: Row) -> str:
     if row["status"] == "ok":
         return f"perplexity {row['validation']['perplexity']:.2f}, {row['seconds']:.0f} s"
     return f"FAILED with exit status {row['exit_status']} after {row['seconds']:.0f} s: {row['error']}"
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """No other comparison writes to the same folder meanwhile; a killed one holds nothing."""
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(f"another atp compare is running in {out}: wait for it, or give another --out") from None
 
 
 @contextmanager
