@@ -13,7 +13,10 @@ from tests import families, runs
 from tests.export.cases import random_masks
 
 IDS = [families.tokens(rows=8, seed=seed) for seed in range(6)]
-EVERYWHERE = ("llama", "qwen3", "phi3", "starcoder2", "smollm3", "gpt_neox", "llama_biases")
+EVERYWHERE = (
+    *("llama", "llama_mqa", "llama_biases", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "starcoder2", "stablelm"),
+    *("gpt_neox", "gpt_neox_serial"),
+)
 NOWHERE = ("gemma2", "gemma3", "olmo2", "granite")
 
 
