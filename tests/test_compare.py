@@ -250,8 +250,8 @@ def test_jobs_run_side_by_side_and_every_row_says_so(command, faked, monkeypatch
 def test_a_folder_that_another_comparison_writes_to_is_refused(command, faked, tmp_path, capsys):
     names, _ = faked
     out = tmp_path / "run" / "compare"
-    out.mkdir(parents=True)
-    with FileLock(out / ".lock"):
+    (out / "runs").mkdir(parents=True)
+    with FileLock(out / "runs" / ".lock"):
         assert command("--strategies", "atp") == 2
     assert "another atp compare is running in" in capsys.readouterr().err
     assert names == []

@@ -75,7 +75,7 @@ def test_a_criterion_without_an_entry_runs_with_defaults(monkeypatch):
         ("dense:flap", "did you mean"),
         ("paper/global", "did you mean 'paper'?"),
         ("tune-then-prune:flap/globel", "use one of block, global, standard"),
-        ("tune-then-prune:flap+wieghts", "use one of auto, weights, bias, none"),
+        ("tune-then-prune:flap+wieghts", "use one of auto, follow, weights, bias, none"),
     ],
 )
 def test_unknown_names_are_one_line_that_helps(name, message):

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             "again, or another --out"
         )
     check_plan(recipe, plan)
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "runs").mkdir(parents=True, exist_ok=True)
     try:
         with _alone_in(out), _terminate_like_ctrl_c():
             if changed:
@@ -178,7 +178,7 @@ def _outcome(row: Row) -> str:
 def _alone_in(out: Path) -> Iterator[None]:
     """No other comparison writes to the same folder meanwhile; a killed one holds nothing."""
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with FileLock(out / "runs" / ".lock", timeout=0):
             yield
     except Timeout:
         raise ConfigError(f"another atp compare is running in {out}: wait for it, or give another --out") from None
