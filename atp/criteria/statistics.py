@@ -68,7 +68,7 @@ def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor],
     def hook(name: str) -> Callable:
         return lambda _module, inputs: see(name, inputs[0].detach().flatten(0, -2).float())
 
-    with _removed_after([layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]):
+    with removed_after([layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]):
         yield
 
 
@@ -160,12 +160,13 @@ def _watched_curvature(
 
         return forward_hook
 
-    with _removed_after([layer.register_forward_hook(hook(name)) for name, layer in layers.items()]):
+    with removed_after([layer.register_forward_hook(hook(name)) for name, layer in layers.items()]):
         yield
 
 
 @contextmanager
-def _removed_after(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+def removed_after(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off at the end, however it comes."""
     try:
         yield
     finally:

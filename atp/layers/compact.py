@@ -19,7 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from atp.structure.live import base_layer, is_quantised
+from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.space import KV, Axis, Space
 
 WORTH_MOVING = 0.8
@@ -68,10 +68,9 @@ class CompactLinear:
         inputs, outputs = self.inputs, self.outputs
         if inputs is not None and inputs.index is not None and not inputs.passed_on:
             x = x.index_select(-1, inputs.index)
-        base, adapters = base_layer(module), _adapters(module)
-        weight, bias = self._kept_base(base, _computing_dtype(x, base.weight), changing=adapters is None)
+        weight, bias = self._kept_base(module, x)
         y = linear(x, weight, bias)
-        for name in adapters or ():
+        for name in active_adapters(module):
             y = y + self._adapter(module, name, x).to(y.dtype)
         if outputs is not None and outputs.index is not None and not outputs.passed_on:
             y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
@@ -93,9 +92,13 @@ class CompactLinear:
         return x * factors.index_select(-1, inputs.index)
 
     @torch.no_grad()
-    def _kept_base(self, base: nn.Linear, dtype: torch.dtype, changing: bool) -> tuple[Tensor, Tensor | None]:
-        """Kept weight and bias, made when they are first needed; every time where the base weight is `changing`."""
-        if changing:
+    def _kept_base(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kept weight and bias, made when they are first needed; every time while adapters are merged into them."""
+        if isinstance(module, LoraLinear) and module.merged and module.disable_adapters:
+            module.unmerge()  # as PEFT does
+        base = base_layer(module)
+        dtype = _computing_dtype(x, base.weight)
+        if isinstance(module, LoraLinear) and module.merged:
             return self._cut(base, dtype)
         if dtype not in self._base:
             self._base.clear()
@@ -167,17 +170,6 @@ def _side(axis: Axis | None, masks: Mapping[str, Tensor], passed_on: set[str], d
     inside = axis.set in passed_on
     leave_out = inside or keep.float().mean() <= WORTH_MOVING
     return Side(keep.to(device), torch.nonzero(keep).flatten().to(device) if leave_out else None, inside)
-
-
-def _adapters(module: nn.Module) -> list[str] | None:
-    """The adapters to add to the base; None while they are merged into it."""
-    if not isinstance(module, LoraLinear):
-        return []
-    if module.merged and module.disable_adapters:
-        module.unmerge()
-    if module.merged:
-        return None
-    return [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
 
 
 def _computing_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.errors import UnsupportedModelError
-from atp.layers.compact import OVER, CompactLinear
+from atp.layers.compact import OVER, CompactLinear, unmasked_class
 from atp.structure.space import Axis
 
 _SLOT = "_atp_masks"
@@ -55,7 +55,7 @@ def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
 
 def unmask_linear(module: nn.Module) -> None:
     """Undo `mask_linear`."""
-    module.__class__ = type(module).__mro__[1]
+    module.__class__ = unmasked_class(module)
     object.__delattr__(module, _SLOT)
 
 

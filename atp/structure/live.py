@@ -1,5 +1,7 @@
 """Reaching into a live model: past PEFT's wrapper to the causal LM, past a LoRA layer to its base layer."""
 
+from typing import Any
+
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,12 +27,16 @@ def base_layer(module: nn.Module) -> nn.Linear:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module  # type: ignore[return-value]
 
 
-def adapter_delta(module: nn.Module) -> Tensor | float:
-    """What a LoRA layer's active adapters add to its weight, `(out_features, in_features)`, float32; else 0."""
+def active_adapters(module: nn.Module) -> list[str]:
+    """Names of the LoRA adapters that add to a layer's base weight: none where they are merged into it or off."""
     if not isinstance(module, LoraLayer) or module.merged or module.disable_adapters:
-        return 0.0
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    return sum((module.get_delta_weight(name).detach().float() for name in active), 0.0)
+        return []
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def adapter_delta(module: Any) -> Tensor | float:
+    """What a LoRA layer's active adapters add to its weight, `(out_features, in_features)`, float32; else 0."""
+    return sum((module.get_delta_weight(name).detach().float() for name in active_adapters(module)), 0.0)
 
 
 def is_quantised(module: nn.Module) -> bool:

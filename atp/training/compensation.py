@@ -80,7 +80,7 @@ class Compensation:
         losing = {p: self._attachment.modules[p] for p in self._linears if not torch.equal(had[p], keep[p])}
         if all(inputs.all() for inputs in had.values()):
             self._revert_all()
-        self._remember(losing)
+        self._claim(losing)
         with self._masks(before):
             if self.refits:
                 grams = self._grams_of(losing)
@@ -90,7 +90,6 @@ class Compensation:
                 found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
-        self._applied = tuple(dict.fromkeys((*self._applied, *losing)))
         if self.how == "follow" and final:
             self._follow(decision)
 
@@ -111,13 +110,13 @@ class Compensation:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, which may be nothing."""
         self._revert_all()
-        self._applied = tuple(name.rsplit(".", 1)[0] for name in tensors)
-        self._remember(self._applied)
+        self._claim(name.rsplit(".", 1)[0] for name in tensors)
         load_compensated(self._attachment, tensors)
 
-    def _remember(self, paths: Iterable[str]) -> None:
-        """Keep what the base model holds at `paths`, where it is not kept already."""
-        for path in paths:
+    def _claim(self, paths: Iterable[str]) -> None:
+        """Layers that are about to change: keep what the base model holds there, where it is not kept already."""
+        self._applied = tuple(dict.fromkeys((*self._applied, *paths)))
+        for path in self._applied:
             if path not in self._originals:
                 tensor = getattr(base_layer(self._attachment.modules[path]), self._tensor)
                 self._originals[path] = None if tensor is None else tensor.detach().to("cpu", copy=True)
@@ -151,8 +150,7 @@ class Compensation:
         blocks = attachment.space.structure.blocks
         writers = {path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)}
         keep = {path: _kept_inputs(self._linears[path], decision) for path in self._linears.keys() & writers}
-        self._remember(keep)
-        self._applied = tuple(dict.fromkeys((*self._applied, *keep)))
+        self._claim(keep)
         with self._masks(decision):
             follow(attachment, keep, self._dense_block, self._forward, self._batches)
 

@@ -104,7 +104,6 @@ class DecisionLearner:
             self._compensation.forget()
             self._record(self.attachment.decision())
             return
-        self._compensation.forget()
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
         with torch.set_grad_enabled(joint):
             self._noisy = self._sample()
@@ -149,8 +148,7 @@ class DecisionLearner:
             self._compensation.apply(self.attachment.decision(), self.space.full())
         self.frozen_at = self.step
         self._noisy = None
-        if self.config.impl != "eager":
-            self.attachment.compact()
+        self._compute_only_kept()
         self._record(self.attachment.decision())
 
     @torch.no_grad()
@@ -209,7 +207,12 @@ class DecisionLearner:
         self._noisy = None
         self.attachment.require_gradients(False)
         self.attachment.set_masks(self._decision)
-        if self.frozen and self.config.impl != "eager":
+        if self.frozen:
+            self._compute_only_kept()
+
+    def _compute_only_kept(self) -> None:
+        """The decision is final: nothing else need be computed."""
+        if self.config.impl != "eager":
             self.attachment.compact()
 
     def _take_shot(self, final: bool = False) -> None:

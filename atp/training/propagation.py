@@ -11,14 +11,14 @@ norm or a factor comes after the writer (Gemma 2 and 3, OLMo 2, Granite). Two st
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atp.criteria.statistics import Batches
+from atp.criteria.statistics import Batches, removed_after
 from atp.layers import Attachment
 from atp.structure.discovery import Block
 from atp.structure.live import adapter_delta, base_layer
@@ -30,7 +30,7 @@ propagation, 42.6, 41.0, 40.9 with it at 0.01, 0.1 and 1."""
 ADDITIVE = 2e-2
 """A block counts as additive where its output is the sum up to this relative error (bfloat16 has 4e-3)."""
 
-_PER_CALL = {"past_key_values": None, "past_key_value": None, "use_cache": False}
+_PER_CALL = {"past_key_values": None, "use_cache": False}
 
 
 @dataclass(eq=False)
@@ -151,16 +151,10 @@ def _capture(
 
         return hook
 
-    handles = [block.register_forward_pre_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks)]
-    try:
+    with removed_after([block.register_forward_pre_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks)]):
         for batch in batches:
-            try:
+            with suppress(_EnoughError):
                 forward(batch)
-            except _EnoughError:
-                continue
-    finally:
-        for handle in handles:
-            handle.remove()
     return streams, precision
 
 
@@ -184,21 +178,13 @@ def _inputs(module: nn.Module, layer: nn.Module, hidden: Tensor, call: tuple[tup
         found.append(args[0])
         raise _EnoughError
 
-    handle = layer.register_forward_pre_hook(hook)
-    try:
+    with removed_after([layer.register_forward_pre_hook(hook)]), suppress(_EnoughError):
         _call(module, hidden, call)
-    except _EnoughError:
-        pass
-    finally:
-        handle.remove()
     return found[0]
 
 
 @contextmanager
 def _outputs(layer: nn.Module) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _layer, _args, output: found.append(output))
-    try:
+    with removed_after([layer.register_forward_hook(lambda _layer, _args, output: found.append(output))]):
         yield found
-    finally:
-        handle.remove()

@@ -33,18 +33,13 @@ def compensated(how: str, family: str = "llama", space: str = "width", **changes
 def last_stream(model: torch.nn.Module) -> torch.Tensor:
     """What the last block gives, before the final norm."""
     found = []
-    lm = causal_lm(model)
-    block = lm.get_submodule(discover_path(model))
+    block = causal_lm(model).get_submodule(discover(model).blocks[-1].path)
     handle = block.register_forward_hook(lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y))
     with torch.no_grad():
         for ids in IDS:
             model(input_ids=ids)
     handle.remove()
     return torch.cat(found)
-
-
-def discover_path(model: torch.nn.Module) -> str:
-    return discover(model).blocks[-1].path
 
 
 @pytest.mark.parametrize("space", ["width", "disp"])

@@ -20,8 +20,8 @@ from atp.commands.output import write_text
 _WEIGHTS = ("checkpoint-*", "final", "pruned")
 _LOG = "train.log"
 
-
 _alive: set[subprocess.Popen] = set()
+"""Children that run now."""
 
 
 def run_child(run: Run, jobs: int = 1) -> dict[str, Any]:
