@@ -10,7 +10,7 @@ Only writers are refitted, and only in blocks whose output is their input plus w
 norm or a factor comes after the writer (Gemma 2 and 3, OLMo 2, Granite). Two streams are held for all calibration rows.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -83,37 +83,45 @@ def _follow_block(
 ) -> None:
     module = attachment.lm.get_submodule(block.path)
     attention, mlp = (attachment.modules[part.writer.path] for part in (block.attention, block.mlp))
-    written: list[tuple[Tensor, Tensor]] = []
+    by_attention: list[Tensor] = []  # what the dense stream holds once attention has written
+    additive = True
     with original(block):
-        after = []
         for stream in streams:
-            with _outputs(attention) as by_attention, _outputs(mlp) as by_mlp:
-                after.append(_call(module, stream.dense, stream.calls[block.index]))
-            written.append((by_attention[0], by_mlp[0]))
-    o, g = written[0]
-    additive = (streams[0].dense + o + g - after[0]).norm() <= ADDITIVE * after[0].norm()
+            with _outputs(attention) as o, _outputs(mlp) as g:
+                after = _call(module, stream.dense, stream.calls[block.index])
+            by_attention.append(stream.dense + o[0])
+            additive &= bool((by_attention[-1] + g[0] - after).norm() <= ADDITIVE * after.norm())
+            stream.dense = after
     if additive and block.attention.writer.path in writers:
-        seen = [_inputs(module, attention, s.pruned, s.calls[block.index]) for s in streams]
-        targets = [s.dense + o - s.pruned for s, (o, _) in zip(streams, written, strict=True)]
-        _refit(attention, writers[block.attention.writer.path], seen, targets)
+        pairs = (
+            (_inputs(module, attention, s.pruned, s.calls[block.index]), target - s.pruned)
+            for s, target in zip(streams, by_attention, strict=True)
+        )
+        _refit(attention, writers[block.attention.writer.path], pairs)
+    del by_attention
     if additive and block.mlp.writer.path in writers:
-        seen, targets = [], []
-        for stream, end in zip(streams, after, strict=True):
-            with _outputs(attention) as by_attention:
-                seen.append(_inputs(module, mlp, stream.pruned, stream.calls[block.index]))
-            stream.pruned = stream.pruned + by_attention[0]
-            targets.append(end - stream.pruned)
-        _refit(mlp, writers[block.mlp.writer.path], seen, targets)
-        for stream, x in zip(streams, seen, strict=True):
+        read: list[Tensor] = []
+        _refit(mlp, writers[block.mlp.writer.path], _up_to(mlp, module, attention, block.index, streams, read))
+        for stream, x in zip(streams, read, strict=True):
             stream.pruned = stream.pruned + mlp(x)
     else:
         for stream in streams:
             stream.pruned = _call(module, stream.pruned, stream.calls[block.index])
-    for stream, end in zip(streams, after, strict=True):
-        stream.dense = end
 
 
-def _refit(module: nn.Module, keep: Tensor, inputs: list[Tensor], targets: list[Tensor]) -> None:
+def _up_to(
+    mlp: nn.Module, module: nn.Module, attention: nn.Module, index: int, streams: list[Stream], read: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take the pruned streams past attention; what the MLP's writer reads, kept in `read`, and should write."""
+    for stream in streams:
+        with _outputs(attention) as o:
+            read.append(_inputs(module, mlp, stream.pruned, stream.calls[index]))
+        stream.pruned = stream.pruned + o[0]
+        yield read[-1], stream.dense - stream.pruned
+
+
+def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Refit kept columns to `pairs` of inputs and wanted outputs."""
     base = base_layer(module)
     device, delta = base.weight.device, adapter_delta(module)
     kept = torch.nonzero(keep).flatten().to(device)
@@ -121,7 +129,7 @@ def _refit(module: nn.Module, keep: Tensor, inputs: list[Tensor], targets: list[
     gram = torch.zeros(len(kept), len(kept), device=device)
     missing = torch.zeros(len(kept), len(start), device=device)
     bias = 0.0 if base.bias is None else base.bias.float()
-    for x, target in zip(inputs, targets, strict=True):
+    for x, target in pairs:
         x = x.flatten(0, -2).float()[:, kept]
         gram.addmm_(x.T, x)
         missing.addmm_(x.T, target.flatten(0, -2).float() - bias - x @ start.T)
@@ -133,29 +141,53 @@ def _refit(module: nn.Module, keep: Tensor, inputs: list[Tensor], targets: list[
 def _capture(
     blocks: list[nn.Module], forward: Callable[[Any], object], batches: Batches
 ) -> tuple[list[Stream], Callable[[], AbstractContextManager]]:
-    """What every block is called with, and the precision (autocast) it is called in."""
+    """What every block is called with, and the precision (autocast) it is called in.
+
+    Only on the first batch do blocks compute; after it they pass on what they are given, in the form they have shown.
+    """
     streams: list[Stream] = []
+    in_tuple: dict[int, bool] = {}
     precision: Callable[[], AbstractContextManager] = nullcontext
 
-    def see(index: int) -> Callable:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def recording(index: int, own: Callable) -> Callable:
+        def instead(*args: Any, **kwargs: Any) -> Any:
             nonlocal precision
-            hidden = args[0] if args else kwargs["hidden_states"]
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
             if index == 0:
                 streams.append(Stream(hidden, hidden, []))
                 precision = _autocast_as_now(hidden.device.type)
-            rest = {k: _PER_CALL.get(k, v) for k, v in kwargs.items() if k != "hidden_states"}
-            streams[-1].calls.append((args[1:], rest))
+            streams[-1].calls.append((args, {k: _PER_CALL.get(k, v) for k, v in kwargs.items()}))
             if index == len(blocks) - 1:
                 raise _EnoughError
+            if index in in_tuple:
+                return (hidden,) if in_tuple[index] else hidden
+            output = own(hidden, *args, **kwargs)
+            in_tuple[index] = isinstance(output, tuple)
+            return output
 
-        return hook
+        return instead
 
-    with removed_after([block.register_forward_pre_hook(see(i), with_kwargs=True) for i, block in enumerate(blocks)]):
+    with _forwards_replaced(blocks, recording):
         for batch in batches:
             with suppress(_EnoughError):
                 forward(batch)
     return streams, precision
+
+
+@contextmanager
+def _forwards_replaced(modules: list[nn.Module], by: Callable[[int, Callable], Callable]) -> Iterator[None]:
+    """`by(index, forward)` in place of each module's `forward`."""
+    own = [vars(module).get("forward") for module in modules]
+    try:
+        for index, module in enumerate(modules):
+            module.forward = by(index, module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
 
 
 def _autocast_as_now(device: str) -> Callable[[], AbstractContextManager]:
