@@ -9,7 +9,6 @@ unmodified `Trainer` and an unmodified TRL `SFTTrainer`.
 import logging
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
@@ -31,12 +29,11 @@ from atp.structure.budget import target_parameters
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.space import Space, build_space
-from atp.training.calibration import Calibration, check_disjoint
-from atp.training.compensation import Compensation, load_compensated
+from atp.training.calibration import check_disjoint
+from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.proximal import proximal_step
-from atp.training.schedule import Schedule
-from atp.training.start import calibrate, start
+from atp.training.run import PruningRun
 from atp.training.state import FOLDER, check_same_run, load_state, save_state
 
 logger = logging.getLogger(__name__)
@@ -64,17 +61,14 @@ class ATPCallback(TrainerCallback):
         self.config = config or ATPConfig()
         self._given_calibration = calibration_dataset
         self._resume_from = resume_from_checkpoint
-        self._calibration: Calibration | None = None
         self._calibration_hashes: set[str] = set()
-        self._learner: DecisionLearner | None = None
+        self._run: PruningRun | None = None
         self._checked_evaluation = False
 
     @property
     def learner(self) -> DecisionLearner:
         """The learner of the run that is going on or that ended last."""
-        if self._learner is None:
-            raise UnsupportedModelError("ATPCallback has not seen a training run yet: call trainer.train() first")
-        return self._learner
+        return self._running().learner
 
     def summary(self) -> dict[str, Any]:
         """What the decision stands at: sparsity asked and achieved, parameters, kept share per group kind."""
@@ -104,35 +98,31 @@ class ATPCallback(TrainerCallback):
         self._feed_trackers()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         space = self._space(model)
-        if self._learner is not None and attachment_of(model) is self._learner.attachment:
+        if self._run is not None and attachment_of(model) is self.learner.attachment:
+            self._run.end()
             detach(model)
-        attachment = attach(model, space)
+        self._run, attachment = None, attach(model, space)
         try:
             self._start(args, state, model, loader, attachment)
         except BaseException:
+            if self._run is not None:
+                self._run.end()
             detach(model)
             raise
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The alternating generator step where it is due, then this step's hard masks."""
-        learner, step = self.learner, state.global_step
-        learner.step = step
-        alternating = self.config.alternates and step % self.config.generator_every == 0
-        if alternating and not learner.frozen and step < learner.schedule.freeze_step:
-            turn = step // self.config.generator_every
-            learner.alternate(lambda: self._loss(kwargs["model"], self._batch(turn)))
-        learner.begin_step(step)
+        """This step's masks and teacher."""
+        self._running().begin_step(state.global_step, _loss_scale(kwargs))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop before a gradient that is not finite is applied; then the joint generator step."""
-        scaler = getattr(kwargs["optimizer"], "scaler", None)
-        if scaler is None:
+        if getattr(kwargs["optimizer"], "scaler", None) is None:
             self._require_finite(args, state, kwargs["model"])
-        self.learner.update_from_step(1.0 if scaler is None else scaler.get_scale())
+        self.learner.update_from_step(_loss_scale(kwargs))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,6 +137,7 @@ class ATPCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation sees the noise-free decision."""
+        self._running().end_step()
         if control.should_evaluate:
             self.learner.show_decision()
 
@@ -174,15 +165,16 @@ class ATPCallback(TrainerCallback):
             self.add_metrics(state.log_history[-1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the learner's state into the checkpoint the Trainer has just written."""
+        """Write the run's state into the checkpoint the Trainer has just written."""
         if state.is_world_process_zero:
-            self._save(_checkpoint(args, state), args, state)
+            self._save(_checkpoint(args, state), args, state, self._running().state())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Freeze if that has not happened, then write `final/` and `pruned/`."""
         learner, model = self.learner, kwargs["model"]
+        self._running().end()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             learner.load_state(*self._load(Path(state.best_model_checkpoint), args, state))
         if not learner.frozen:
@@ -203,8 +195,13 @@ class ATPCallback(TrainerCallback):
 
     def add_metrics(self, logs: dict[str, Any]) -> None:
         """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
-        if self._learner is not None and "loss" in logs:
-            logs |= {f"{LOG_PREFIX}{name}": value for name, value in self._learner.metrics.items()}
+        if self._run is not None and "loss" in logs:
+            logs |= {f"{LOG_PREFIX}{name}": value for name, value in self.learner.metrics.items()}
+
+    def _running(self) -> PruningRun:
+        if self._run is None:
+            raise UnsupportedModelError("ATPCallback has not seen a training run yet: call trainer.train() first")
+        return self._run
 
     def _feed_trackers(self) -> None:
         """Put a feeder first in the handler's list, so that TensorBoard and the like see our figures.
@@ -234,38 +231,28 @@ class ATPCallback(TrainerCallback):
         return space
 
     def _start(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any, attachment: Attachment
     ) -> None:
-        as_in_training = min(args.per_device_train_batch_size, self.config.calibration_rows)
-        rows_a_pass = self.config.calibration_batch_size or as_in_training
-        self._calibration = calibrate(self.config, self._given_calibration, loader, rows_a_pass)
-        self._calibration_hashes = self._calibration.hashes() if self._calibration else set()
         self._checked_evaluation = False
-        schedule = Schedule.of(self.config, state.max_steps)
-        quiet = args.disable_tqdm or not state.is_world_process_zero
-        loss = partial(self._loss, model)
-        compensation = Compensation(self.config.compensate, attachment, loss, self._calibration or ())
-        grams = compensation.grams if compensation.refits else None
-        draw = partial(start, self.config, attachment, self._calibration, loss, quiet, grams)
-        self._learner = DecisionLearner(self.config, attachment, schedule, draw, compensation)
+        self._run = run = PruningRun(
+            self.config,
+            model,
+            attachment,
+            loader,
+            self._given_calibration,
+            total_steps=state.max_steps,
+            batch_size=args.per_device_train_batch_size,
+            micro_batches=args.gradient_accumulation_steps,
+            ranks=args.world_size if args.average_tokens_across_devices else 1,
+            quiet=args.disable_tqdm or not state.is_world_process_zero,
+        )
+        self._calibration_hashes = run.calibration.hashes() if run.calibration else set()
         if state.global_step > 0:
-            self._learner.load_state(*self._load(self._resumed_from(args, state), args, state))
+            run.load_state(*self._load(self._resumed_from(args, state), args, state))
         else:
-            self._learner.start()
-        if note := self._learner.note():
+            run.learner.start()
+        if note := run.learner.note():
             logger.warning("atp: %s", note)
-
-    def _batch(self, index: int) -> Mapping[str, Any]:
-        assert self._calibration is not None
-        return self._calibration.batch(index)
-
-    @staticmethod
-    def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The model's own loss on a calibration batch; the global random state (dropout) is left as it was."""
-        device = next(model.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        with torch.random.fork_rng():
-            return model(**inputs).loss
 
     @staticmethod
     def _require_finite(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
@@ -283,8 +270,14 @@ class ATPCallback(TrainerCallback):
         """What must be the same when a run is resumed."""
         return {"config": self.config.to_dict(), "world_size": args.world_size, "total_steps": state.max_steps}
 
-    def _save(self, folder: Path, args: TrainingArguments, state: TrainerState) -> None:
-        tensors, values = self.learner.state()
+    def _save(
+        self,
+        folder: Path,
+        args: TrainingArguments,
+        state: TrainerState,
+        saved: tuple[dict[str, Tensor], dict[str, Any]],
+    ) -> None:
+        tensors, values = saved
         save_state(folder / FOLDER, tensors, values | self._identity(args, state))
 
     def _load(
@@ -301,7 +294,7 @@ class ATPCallback(TrainerCallback):
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
         with written_beside(Path(args.output_dir) / "final") as beside:
             model.save_pretrained(beside)
-            self._save(beside, args, state)
+            self._save(beside, args, state, self.learner.state())
 
 
 class _LogFeeder(TrainerCallback):
@@ -331,6 +324,12 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
     changed = {k.removeprefix(COMPENSATED): v for k, v in tensors.items() if k.startswith(COMPENSATED)}
     load_compensated(attachment, changed)
     return attachment
+
+
+def _loss_scale(kwargs: Mapping[str, Any]) -> float:
+    """What a gradient scaler (fp16) multiplies the loss by."""
+    scaler = getattr(kwargs["optimizer"], "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

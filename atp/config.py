@@ -26,9 +26,11 @@ IMPLS = ("auto", "eager", "compact")
 _LEARNING = (
     *("mode", "generator_every", "on_budget", "budget_weight", "budget_ramp", "init_scale", "logit_bias"),
     *("generator_lr", "generator_hidden_size", "generator_layers", "generator_heads"),
-    *("temperature", "temperature_end", "noise", "noise_end"),
+    *("start_at", "distill", "temperature", "temperature_end", "noise", "noise_end"),
 )
 """Settings that only a decision that is learned looks at."""
+
+_REFITTING = ("auto", "follow", "weights")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class ATPConfig:
         protect: how many first and last blocks the starting decision leaves whole; `None` means none for criteria
             whose scores compare over blocks (`surgeon`), else the first tenth and the last thirtieth. The generator
             may prune them later.
+        start_at: share of the training steps during which nothing is pruned, at most `freeze_at` and by default half of
+            it: `init` then decides on weights that have begun to know the domain.
         freeze_at: share of the training steps after which the decision is final, in [0, 1].
         compensate: what the final decision leaves stands in for what it takes: `"weights"` refits kept columns in the
             least-squares sense, `"follow"` then refits writers once more, block by block, so that the pruned stream
@@ -76,10 +80,15 @@ class ATPConfig:
         init_scale: standard deviation of the starting logits when starting from a criterion.
 
     The LoRA side:
+        distill: weight of the KL divergence to the model as it was when pruning began (nothing pruned, adapters as they
+            were then), beside the task loss; nothing is distilled where pruning begins with the first step, since
+            nothing has been tuned by then. Costs a dense forward pass a step, and no second model.
         lasso: strength of the group lasso on LoRA weights of pruned groups when it is fully grown; 0 turns it off.
 
     Calibration:
         calibration_rows: rows held out of the training set when no calibration set is given.
+        refit_rows: rows that the final refit looks at: the calibration rows and, up to this number, training rows. Its
+            targets are the dense model's own outputs, so that no row need be held out for it.
         calibration_batch_size: rows per calibration pass; `None` takes the Trainer's per-device batch size, so that
             backward passes over calibration rows need no more memory than a training step.
 
@@ -103,7 +112,8 @@ class ATPConfig:
     init: str = "surgeon"
     init_ranking: str | None = None
     protect: tuple[int, int] | None = None
-    freeze_at: float = 0.2
+    start_at: float | None = None
+    freeze_at: float = 0.3
     compensate: str = "auto"
     on_budget: bool = True
     budget_weight: float = 5.0
@@ -120,9 +130,11 @@ class ATPConfig:
     noise_end: float = 0.0
     init_scale: float = 1.0
 
+    distill: float = 1.0
     lasso: float = 0.1
 
     calibration_rows: int = 64
+    refit_rows: int = 256
     calibration_batch_size: int | None = None
 
     impl: str = "auto"
@@ -149,6 +161,11 @@ class ATPConfig:
             ),
             ("protect", _is_protect(self.protect), "two non-negative integers or null"),
             ("freeze_at", _number(self.freeze_at) and 0 <= self.freeze_at <= 1, "a number in [0, 1]"),
+            (
+                "start_at",
+                self.start_at is None or (_number(self.start_at) and 0 <= self.start_at <= self.freeze_at),
+                f"a number in [0, freeze_at={self.freeze_at}] or null",
+            ),
             ("budget_ramp", _number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
             ("temperature", _positive(self.temperature), "a positive number"),
             ("temperature_end", _positive(self.temperature_end), "a positive number"),
@@ -157,7 +174,7 @@ class ATPConfig:
             ("logit_bias", _number(self.logit_bias), "a number"),
             *(
                 (name, _number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
-                for name in ("budget_weight", "lasso", "noise", "noise_end")
+                for name in ("budget_weight", "distill", "lasso", "noise", "noise_end")
             ),
             *(
                 (name, _positive_int(getattr(self, name)), "a positive integer")
@@ -168,6 +185,7 @@ class ATPConfig:
                     "generator_layers",
                     "generator_heads",
                     "calibration_rows",
+                    "refit_rows",
                 )
             ),
             ("seed", isinstance(self.seed, int) and self.seed >= 0, "an integer >= 0"),
@@ -192,6 +210,11 @@ class ATPConfig:
         """Whether the decision is learned in passes of its own over calibration data."""
         return self.mode == "alternating" and self.decision != "criterion"
 
+    @property
+    def distils(self) -> bool:
+        """Whether the dense model teaches, once it has been tuned for a while."""
+        return self.distill > 0 and self.decision != "criterion"
+
     @classmethod
     def paper(cls, **changes: Any) -> "ATPConfig":
         """The settings of ATP (arXiv 2412.14426): alternating, from all ones, b = 3, tau = 0.4, lambda = 5.
@@ -210,7 +233,9 @@ class ATPConfig:
             "temperature_end": 0.4,
             "noise": 1.0,
             "noise_end": 1.0,
+            "start_at": 0.0,
             "freeze_at": 0.6,
+            "distill": 0.0,
         }
         return cls(**(settings | changes))
 
@@ -238,8 +263,9 @@ class ATPConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def settings_in_use(self) -> dict[str, Any]:
-        """`to_dict` without the settings that no run with this `decision` looks at."""
-        unused = _LEARNING if self.decision == "criterion" else ("shots",)
+        """`to_dict` without the settings that no run with this `decision` and `compensate` looks at."""
+        unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
+        unused += () if self.compensate in _REFITTING else ("refit_rows",)
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:

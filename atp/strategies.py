@@ -50,6 +50,7 @@ _SHARED = (
     "round_to",
     "seed",
     "calibration_rows",
+    "refit_rows",
     "calibration_batch_size",
     "impl",
 )

@@ -17,8 +17,19 @@ STEPS = 10
 
 def config(**changes: Any) -> ATPConfig:
     """A configuration that fits the tiny model, and learns, with noise, for six of ten steps."""
-    settings = {"round_to": 1, "calibration_rows": 8, "calibration_batch_size": 4, "freeze_at": 0.6, "noise": 0.2}
+    settings = {
+        "round_to": 1,
+        "calibration_rows": 8,
+        "calibration_batch_size": 4,
+        "start_at": 0.0,
+        "freeze_at": 0.6,
+        "noise": 0.2,
+    }
     return ATPConfig(**(settings | changes))
+
+
+LATE = {"start_at": 0.2, "freeze_at": 0.6, "distill": 0.5}
+"""Pruning begins after two of ten steps, and the model as it was by then teaches."""
 
 
 def peft_model(dropout: float = 0.0, **lora: Any) -> PeftModel:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
@@ -26,6 +27,7 @@ from atp.layers import attach, attachment_of
 from atp.structure.discovery import discover
 from atp.structure.space import build_space
 from atp.training import state
+from atp.training.run import TEACHER
 from tests import runs, tiny
 
 WAYS = [("joint", "width"), ("joint", "disp"), ("alternating", "width"), ("alternating", "disp")]
@@ -70,6 +72,44 @@ def test_uniform_run_leaves_a_stock_model(tmp_path: Path) -> None:
     assert len({tuple(mask.tolist()) for name, mask in masks.items() if name.endswith(".mlp")}) > 1, "each its own"
 
 
+def test_nothing_is_pruned_before_the_start_and_the_teacher_is_the_model_of_then(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config(**runs.LATE), save_strategy="steps", save_steps=2)
+    run.train()
+    steps = {entry["step"]: entry for entry in run.state.log_history if "loss" in entry}
+    assert [steps[step]["atp/sparsity"] for step in (1, 2)] == [0.0, 0.0]
+    assert all(0.4 <= steps[step]["atp/sparsity"] <= 0.42 for step in range(3, 11))
+    assert [step for step in steps if "atp/teacher_kl" in steps[step]] == list(range(3, 11))
+    then = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    tensors, _ = state.load_state(tmp_path / "checkpoint-8" / state.FOLDER)
+    teacher = {k.removeprefix("base_model.model."): v for k, v in then.items()}
+    assert runs.same({k.replace(".default", ""): v for k, v in state.under(tensors, TEACHER).items()}, teacher)
+    assert not state.under(state.load_state(tmp_path / "final" / state.FOLDER)[0], TEACHER), "of no use any more"
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in run.model.modules())
+
+
+def test_distillation_pulls_towards_the_teacher(tmp_path: Path) -> None:
+    distances = []
+    for distill in (0.0, 20.0):
+        config = runs.config(start_at=0.2, freeze_at=0.2, distill=distill)
+        run = runs.trainer(tmp_path / str(distill), config, max_steps=40, learning_rate=1e-2)
+        run.train()
+        teacher = runs.trainer(tmp_path / "dense", None, max_steps=40, learning_rate=1e-2, callbacks=(StopAt(8),))
+        teacher.train()
+        ids = torch.tensor(runs.dataset(16, seed=9)["input_ids"])
+        with torch.no_grad():
+            p, q = (r.model.eval()(input_ids=ids).logits.log_softmax(-1) for r in (teacher, run))
+        distances.append((p.exp() * (p - q)).sum(-1).mean().item())
+    assert distances[1] < 0.7 * distances[0]
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
 def test_generator_steps_only_every_k(tmp_path: Path) -> None:
     for mode in ("joint", "alternating"):
         run = runs.trainer(tmp_path, runs.config(mode=mode, generator_every=4))
@@ -78,14 +118,15 @@ def test_generator_steps_only_every_k(tmp_path: Path) -> None:
         assert {int(moments["step"]) for moments in optimizer.state.values()} == {2}, "steps 0 and 4 of 6"
 
 
+@pytest.mark.parametrize("late", [{}, runs.LATE], ids=["", "late"])
 @pytest.mark.parametrize(("mode", "space"), WAYS)
-def test_resumed_equals_uninterrupted(tmp_path: Path, mode: str, space: str) -> None:
-    """Cut before, at and after the freeze (step 6 of 10), with dropout and accumulation."""
+def test_resumed_equals_uninterrupted(tmp_path: Path, mode: str, space: str, late: dict[str, float]) -> None:
+    """Cut around the start (step 2 where late) and the freeze (6 of 10), with dropout and accumulation."""
     settings = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
-    cfg = runs.config(mode=mode, space=space)
+    cfg = runs.config(mode=mode, space=space, **late)
     whole = runs.trainer(tmp_path / "whole", cfg, model=runs.peft_model(dropout=0.1), **settings)
     whole.train()
-    for cut in (1, 4, 6, 8):
+    for cut in (1, 2, 4, 6, 8):
         folder = tmp_path / f"cut-{cut}"
         folder.mkdir()
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", folder / f"checkpoint-{cut}")
@@ -96,9 +137,10 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, mode: str, space: str) -> 
         assert runs.same(decision(resumed), decision(whole)), f"decision differs after a cut at {cut}"
 
 
+@pytest.mark.parametrize("late", [{}, runs.LATE], ids=["", "late"])
 @pytest.mark.parametrize("mode", ["joint", "alternating"])
-def test_accumulation_4x2_equals_1x8(tmp_path: Path, mode: str) -> None:
-    cfg = runs.config(mode=mode, calibration_rows=8)
+def test_accumulation_4x2_equals_1x8(tmp_path: Path, mode: str, late: dict[str, float]) -> None:
+    cfg = runs.config(mode=mode, calibration_rows=8, **late)
     one = runs.trainer(tmp_path / "a", cfg, per_device_train_batch_size=8)
     one.train()
     four = runs.trainer(tmp_path / "b", cfg, per_device_train_batch_size=2, gradient_accumulation_steps=4)
@@ -108,9 +150,10 @@ def test_accumulation_4x2_equals_1x8(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # its name until 5.22
+@pytest.mark.parametrize("late", [{}, runs.LATE], ids=["", "late"])
 @pytest.mark.parametrize("mode", ["joint", "alternating"])
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str) -> None:
-    cfg = runs.config(mode=mode)
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str, late: dict[str, float]) -> None:
+    cfg = runs.config(mode=mode, **late)
     plain = runs.trainer(tmp_path / "a", cfg)
     plain.train()
     checkpointed = runs.trainer(tmp_path / "b", cfg, gradient_checkpointing=True)
@@ -167,7 +210,7 @@ def test_held_out_rows_never_reach_lora(tmp_path: Path) -> None:
         tmp_path, runs.config(calibration_rows=6), train=data, callbacks=(seen,), max_steps=-1, num_train_epochs=3
     )
     run.train()
-    calibration = runs.callback_of(run)._calibration
+    calibration = runs.callback_of(run)._running().calibration
     assert calibration is not None
     held = {tuple(row["input_ids"]) for row in calibration._rows}
     assert len(held) == 6
@@ -210,7 +253,7 @@ def test_calibration_passes_are_no_larger_than_training_steps(tmp_path: Path, ro
     atp = runs.config(calibration_batch_size=None, calibration_rows=rows)
     run = runs.trainer(tmp_path, atp, max_steps=1, per_device_train_batch_size=4)
     run.train()
-    assert len(runs.callback_of(run)._batch(0)["input_ids"]) == wanted
+    assert len(runs.callback_of(run)._running().calibration.batch(0)["input_ids"]) == wanted
 
 
 class WorseAndWorse(TrainerCallback):
@@ -244,15 +287,16 @@ def test_early_stopping_and_best_model(tmp_path: Path) -> None:
     assert (tmp_path / "pruned" / "config.json").exists()
 
 
-def test_bf16_autocast_and_torch_compile(tmp_path: Path) -> None:
-    plain = runs.trainer(tmp_path / "a", runs.config(), max_steps=4)
+@pytest.mark.parametrize("late", [{}, runs.LATE], ids=["", "late"])
+def test_bf16_autocast_and_torch_compile(tmp_path: Path, late: dict[str, float]) -> None:
+    plain = runs.trainer(tmp_path / "a", runs.config(**late), max_steps=4)
     plain.train()
     compiled = runs.trainer(
-        tmp_path / "b", runs.config(), max_steps=4, torch_compile=True, torch_compile_backend="aot_eager"
+        tmp_path / "b", runs.config(**late), max_steps=4, torch_compile=True, torch_compile_backend="aot_eager"
     )
     compiled.train()
     assert runs.worst(runs.adapter(compiled), runs.adapter(plain)) < 1e-3
-    half = runs.trainer(tmp_path / "c", runs.config(), bf16=True)
+    half = runs.trainer(tmp_path / "c", runs.config(**late), bf16=True)
     half.train()
     assert all(p.dtype == torch.float32 for p in runs.callback_of(half).learner.generator.parameters())
     assert math.isfinite(half.state.log_history[-2]["loss"])
@@ -263,7 +307,7 @@ def test_unmodified_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     arguments = {"use_cpu": True, "max_steps": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
     for name, changes in (("plain", {}), ("packed", {"packing": True, "max_length": 24})):
-        callback = ATPCallback(runs.config(calibration_batch_size=1, mode="alternating"))
+        callback = ATPCallback(runs.config(calibration_batch_size=1, mode="alternating", **runs.LATE))
         trainer = trl.SFTTrainer(
             model=runs.peft_model(),
             args=trl.SFTConfig(
@@ -280,6 +324,7 @@ def test_unmodified_sft_trainer(tmp_path: Path) -> None:
         trainer.train()
         assert callback.learner.frozen
         assert any("atp/sparsity" in entry for entry in trainer.state.log_history)
+        assert any(entry.get("atp/teacher_kl", 0) > 0 for entry in trainer.state.log_history), "no logits are made"
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "pruned")
         assert (tmp_path / name / "pruned" / "tokenizer.json").exists()
 

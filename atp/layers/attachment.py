@@ -1,6 +1,7 @@
 """Attaching a space to a live model, and taking it off again without a trace."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
 from atp.layers.compact import compacted, is_plain
-from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, unmask_linear
+from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
 from atp.structure.live import causal_lm
 from atp.structure.space import Axis, Space
 
@@ -77,6 +78,18 @@ class Attachment:
     def not_plain(self) -> str | None:
         """Path of a layer that `compact` does not cover, if there is one."""
         return next((path for path, module in self.modules.items() if not is_plain(module)), None)
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Within it layers compute all they hold, masks and compaction aside; both are then as they were."""
+        masked = {path: masks_of(module) for path, module in self.modules.items() if is_masked(module)}
+        for path in masked:
+            unmask_linear(self.modules[path])
+        try:
+            yield
+        finally:
+            for path, masks in masked.items():
+                mask_linear(self.modules[path], masks)
 
     def remove(self) -> None:
         """Give every layer its own class back."""

@@ -59,6 +59,11 @@ def unmask_linear(module: nn.Module) -> None:
     object.__delattr__(module, _SLOT)
 
 
+def masks_of(module: nn.Module) -> LinearMasks:
+    """The masks that `mask_linear` has put on this very module."""
+    return module.__dict__[_SLOT]
+
+
 def is_masked(module: nn.Module) -> bool:
     """Whether `mask_linear` is in force on this very module."""
     return _SLOT in module.__dict__
@@ -67,7 +72,7 @@ def is_masked(module: nn.Module) -> bool:
 @cache
 def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        masks: LinearMasks = self.__dict__[_SLOT]
+        masks = masks_of(self)
         if masks.compact is not None:
             _check_plain_call(args, kwargs)
             return masks.compact.forward(self, x)

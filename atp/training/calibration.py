@@ -52,6 +52,16 @@ class Calibration:
         """Every full batch once."""
         return (self.batch(i) for i in range(len(self)))
 
+    def and_also(self, dataset: Any, indices: Iterable[int], rows: int) -> "Calibration":
+        """These rows and others of `dataset`, in the order of `indices`, up to `rows` in all."""
+        found, seen = [self._rows[i] for i in range(len(self._rows))], self.hashes()
+        for row in (dataset[i] for i in indices):
+            if len(found) >= rows:
+                break
+            if row_hash(row) not in seen:
+                found.append(row)
+        return Calibration(found, self._collate, self._batch_size)
+
     def hashes(self) -> set[str]:
         """Content hash of every row."""
         return {row_hash(self._rows[i]) for i in range(len(self._rows))}

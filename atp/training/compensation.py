@@ -35,8 +35,11 @@ class Compensation:
         how: `"none"`, `"bias"`, `"weights"`, `"follow"`, or `"auto"`: `"follow"` where weights are floating point,
             else nothing.
         forward: runs the model on one batch, under the masks as they are.
+        batches: what it measures on.
+        at_hand: keep what layers held at first where they compute, not on the CPU, for `undone` at every step.
 
     Attributes:
+        final_batches: what it measures on when nothing more will go; `batches` unless set.
         grams: Gram matrices of layers' inputs in the model as it is, by path, if somebody has measured them; used
             and forgotten by `apply`.
 
@@ -50,8 +53,11 @@ class Compensation:
         attachment: Attachment,
         forward: Callable[[Any], object],
         batches: Batches,
+        at_hand: bool = False,
     ) -> None:
         self._attachment, self._forward, self._batches = attachment, forward, batches
+        self._at_hand = at_hand
+        self.final_batches = batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         quantised = [path for path in self._linears if is_quantised(base_layer(attachment.modules[path]))]
         if how in _REFITS and quantised:
@@ -75,6 +81,9 @@ class Compensation:
         """
         if self.how == "none":
             return
+        if final and self.final_batches is not self._batches:
+            self.forget()  # it was measured on fewer
+        batches = self.final_batches if final else self._batches
         had = {path: _kept_inputs(linear, before) for path, linear in self._linears.items()}
         keep = {path: _kept_inputs(linear, decision) for path, linear in self._linears.items()}
         losing = {p: self._attachment.modules[p] for p in self._linears if not torch.equal(had[p], keep[p])}
@@ -83,10 +92,10 @@ class Compensation:
         self._claim(losing)
         with self._masks(before):
             if self.refits:
-                grams = self._grams_of(losing)
+                grams = self._grams_of(losing, batches)
                 found = {path: self._refitted(path, gram, had[path], keep[path]) for path, gram in grams}
             else:
-                moments = input_moments(losing, self._forward, self._batches)
+                moments = input_moments(losing, self._forward, batches)
                 found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
@@ -119,9 +128,10 @@ class Compensation:
         for path in self._applied:
             if path not in self._originals:
                 tensor = getattr(base_layer(self._attachment.modules[path]), self._tensor)
-                self._originals[path] = None if tensor is None else tensor.detach().to("cpu", copy=True)
+                place = "cpu" if tensor is None or not self._at_hand else tensor.device
+                self._originals[path] = None if tensor is None else tensor.detach().to(place, copy=True)
 
-    def _grams_of(self, losing: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    def _grams_of(self, losing: Mapping[str, nn.Module], batches: Batches) -> Iterator[tuple[str, Tensor]]:
         """Gram matrices of the layers' inputs: those at hand, and the others measured."""
         ready = {path: self.grams[path] for path in losing if path in self.grams}
         self.grams.clear()
@@ -129,7 +139,7 @@ class Compensation:
         while ready:
             path = next(iter(ready))
             yield path, ready.pop(path)
-        yield from input_grams(rest, self._forward, self._batches)
+        yield from input_grams(rest, self._forward, batches)
 
     def _refitted(self, path: str, gram: Tensor, had: Tensor, keep: Tensor) -> Tensor:
         """The weight with which base and adapter, over the kept inputs, do what they did over those they had."""
@@ -152,7 +162,7 @@ class Compensation:
         keep = {path: _kept_inputs(self._linears[path], decision) for path in self._linears.keys() & writers}
         self._claim(keep)
         with self._masks(decision):
-            follow(attachment, keep, self._dense_block, self._forward, self._batches)
+            follow(attachment, keep, self._dense_block, self._forward, self.final_batches)
 
     @contextmanager
     def _masks(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -164,21 +174,27 @@ class Compensation:
             self._attachment.set_masks(before)
 
     @contextmanager
+    def undone(self, paths: Iterable[str] | None = None) -> Iterator[None]:
+        """Within it, changed layers (of `paths`, or all) hold what they held at first."""
+        bases = {path: base_layer(self._attachment.modules[path]) for path in paths or self._applied}
+        changed = {path: getattr(base, self._tensor) for path, base in bases.items() if path in self._applied}
+        for path in changed:
+            setattr(bases[path], self._tensor, self._original(path, bases[path].weight.device))
+        try:
+            yield
+        finally:
+            for path, tensor in changed.items():
+                setattr(bases[path], self._tensor, tensor)
+
+    @contextmanager
     def _dense_block(self, block: Block) -> Iterator[None]:
         """One block as it was before anything was removed; adapters stay on."""
-        paths = [linear.path for linear in block.linears if linear.path in self._applied]
-        bases = {path: base_layer(self._attachment.modules[path]) for path in paths}
-        weights = {path: base.weight.data for path, base in bases.items()}
-        for path, base in bases.items():
-            original = self._originals[path]
-            assert original is not None
-            base.weight.data = original.to(base.weight.device)
-        try:
-            with self._masks(self._attachment.space.full()):
-                yield
-        finally:
-            for path, base in bases.items():
-                base.weight.data = weights[path]
+        with self.undone(linear.path for linear in block.linears), self._masks(self._attachment.space.full()):
+            yield
+
+    def _original(self, path: str, device: torch.device) -> nn.Parameter | None:
+        tensor = self._originals[path]
+        return None if tensor is None else nn.Parameter(tensor.to(device), requires_grad=False)
 
     def _revert_all(self) -> None:
         for path in self._applied:

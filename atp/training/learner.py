@@ -23,6 +23,7 @@ from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.losses import budget_loss
 from atp.training.schedule import Schedule
+from atp.training.state import under
 
 Masks = dict[str, Tensor]
 
@@ -71,19 +72,16 @@ class DecisionLearner:
         self._noisy: Masks | None = None
         self._decision: Masks = attachment.decision()
         self._first: Masks = {}
+        self._started = False
         self.step = 0
         self.frozen_at: int | None = None
         self._reached = 0.0
         self.metrics: dict[str, float] = {}
 
     def start(self) -> None:
-        """Draw the decision of `config.init` and start from it; not called when a run is resumed."""
-        self._set_start()
-        if self.config.init == "ones":
-            return
-        self._first = project(self.generator(), self.space, self.config.sparsity)
-        if self.config.decision != "criterion" and self.schedule.freeze_step > 0:
-            self._compensation.apply(self._first, self.space.full(), final=False)
+        """What comes before the first step; not called when a run is resumed."""
+        if self.config.decision == "criterion" or self.schedule.start_step == 0:
+            self._draw_first()
 
     @property
     def frozen(self) -> bool:
@@ -102,8 +100,10 @@ class DecisionLearner:
         if self.config.decision == "criterion":
             self._take_shot()
             self._compensation.forget()
+        if not self.schedule.learns(step):
             self._record(self.attachment.decision())
             return
+        self._require_start()
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
         with torch.set_grad_enabled(joint):
             self._noisy = self._sample()
@@ -112,8 +112,10 @@ class DecisionLearner:
         self.attachment.require_gradients(joint)
         self._record(hard)
 
-    def alternate(self, loss: Callable[[], Tensor]) -> None:
+    def alternate(self, step: int, loss: Callable[[], Tensor]) -> None:
         """The paper's generator step: `loss()` under soft masks, then one update. Call before `begin_step`."""
+        self.step = step
+        self._require_start()
         self._noisy = self._sample()
         self.attachment.require_gradients(True)
         self.attachment.set_masks({k: v.detach() for k, v in soften(self._noisy, self._temperature).items()})
@@ -144,6 +146,7 @@ class DecisionLearner:
         if self.config.decision == "criterion":
             self._take_shot(final=True)
         else:
+            self._require_start()
             self.attachment.set_masks(self.decision(final=True))
             self._compensation.apply(self.attachment.decision(), self.space.full())
         self.frozen_at = self.step
@@ -154,7 +157,7 @@ class DecisionLearner:
     @torch.no_grad()
     def decision(self, final: bool = False) -> Masks:
         """The noise-free decision on this step's budget (or on the final one)."""
-        if self.frozen or (self.config.decision == "criterion" and not final):
+        if self.frozen or not (final or self.schedule.learns(self.step)):
             return self.attachment.decision()
         sparsity = self.config.sparsity if final else self.schedule.sparsity(self.step)
         return project(self.generator(), self.space, sparsity)
@@ -165,7 +168,7 @@ class DecisionLearner:
             self.attachment.set_masks(self.decision())
 
     def overlap(self) -> dict[str, float] | None:
-        """Share of the groups that `init` pruned at the first step which the decision prunes too, per kind."""
+        """Share of the groups that `init` pruned when it was first asked which the decision prunes too, per kind."""
         if not self._first:
             return None
         decision = self.decision(final=True)
@@ -189,26 +192,42 @@ class DecisionLearner:
         tensors |= {f"first.{k}": v for k, v in self._first.items()}
         tensors |= {f"{COMPENSATED}{k}": v for k, v in self._compensation.state().items()}
         tensors["random"] = self._random.get_state()
-        return tensors, {"step": self.step, "frozen_at": self.frozen_at, "reached": self._reached}
+        values = {"step": self.step, "started": self._started, "frozen_at": self.frozen_at, "reached": self._reached}
+        return tensors, values
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
-        self.generator.load_state_dict(_under(tensors, "generator."))
+        self.generator.load_state_dict(under(tensors, "generator."))
         moments: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in _under(tensors, "optimizer.").items():
+        for key, tensor in under(tensors, "optimizer.").items():
             index, name = key.split(".", 1)
             moments.setdefault(int(index), {})[name] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
         self._random.set_state(tensors["random"])
-        self._decision = _under(tensors, "decision.")
-        self._first = _under(tensors, "first.")
-        self._compensation.load_state(_under(tensors, COMPENSATED))
-        self.step, self.frozen_at, self._reached = values["step"], values["frozen_at"], values["reached"]
+        self._decision = under(tensors, "decision.")
+        self._first = under(tensors, "first.")
+        self._compensation.load_state(under(tensors, COMPENSATED))
+        self.step, self._started = values["step"], values["started"]
+        self.frozen_at, self._reached = values["frozen_at"], values["reached"]
         self._noisy = None
         self.attachment.require_gradients(False)
         self.attachment.set_masks(self._decision)
         if self.frozen:
             self._compute_only_kept()
+
+    def _require_start(self) -> None:
+        """Draw the decision of `config.init`, once, and make up for what it takes."""
+        if not self._started:
+            self._draw_first()
+
+    def _draw_first(self) -> None:
+        self._started = True
+        self._set_start()
+        if self.config.init == "ones":
+            return
+        self._first = project(self.generator(), self.space, self.config.sparsity)
+        if self.schedule.learns(self.step):
+            self._compensation.apply(self._first, self.space.full(), final=False)
 
     def _compute_only_kept(self) -> None:
         """The decision is final: nothing else need be computed."""
@@ -287,7 +306,3 @@ def _reduced(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
             torch.distributed.all_reduce(gradient)
             gradient /= torch.distributed.get_world_size()
     return present
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

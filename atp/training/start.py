@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -27,6 +28,15 @@ def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int
         held = hold_out(loader, config.calibration_rows, batch_size, config.seed)
         rows = [loader.dataset[i] for i in held]
     return Calibration(rows, loader.collate_fn, batch_size)
+
+
+def for_refit(calibration: Calibration, rows: int, loader: DataLoader, seed: int) -> Calibration:
+    """`calibration` and, up to `rows` in all, rows of the training set, where it can be indexed."""
+    dataset = loader.dataset
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return calibration
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + 1))
+    return calibration.and_also(dataset, order.tolist(), rows)
 
 
 def start(

@@ -65,6 +65,11 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
         )
 
 
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def _elsewhere(folder: Path) -> str:
     """What to do instead: the newest checkpoint beside this one that is complete."""
     checkpoint = folder.parent

@@ -61,7 +61,7 @@ def test_alternating_takes_its_gradient_under_soft_masks_and_leaves_lora_without
         seen.append({k: v.detach().clone() for k, v in made.attachment.masks.items()})
         return sum(m.sum() for m in made.attachment.masks.values())
 
-    made.alternate(loss)
+    made.alternate(0, loss)
     values = torch.cat(list(seen[0].values()))
     assert ((values > 0) & (values < 1)).all()
     made.begin_step(0)

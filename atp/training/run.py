@@ -1,0 +1,119 @@
+"""One tune-and-prune run, put together: calibration rows, the learner of decisions, compensation, and the teacher.
+
+It knows no Trainer: `ATPCallback` calls it at the Trainer's events.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from atp.config import ATPConfig
+from atp.layers import Attachment
+from atp.training.compensation import Compensation
+from atp.training.distillation import Distillation
+from atp.training.learner import DecisionLearner
+from atp.training.schedule import Schedule
+from atp.training.start import calibrate, for_refit, start
+from atp.training.state import under
+
+TEACHER = "teacher."
+"""Prefix of the teacher's adapters in a checkpoint."""
+
+
+class PruningRun:
+    """What a run works with, from its first step on or from a checkpoint.
+
+    Args:
+        model: what the Trainer calls (a `PeftModel`), attached.
+        loader: the Trainer's training batches; where `given` is None, calibration rows are held out of them.
+        given: calibration rows prepared like the training set.
+        total_steps: optimizer steps.
+        batch_size: rows of a training forward pass.
+        micro_batches: forward passes whose gradients one optimizer step adds up.
+        ranks: processes over which the task loss counts its tokens (1 where each counts its own).
+        quiet: no progress bars.
+
+    Attributes:
+        calibration: the rows, or None where the settings need none.
+        learner: of the decision.
+    """
+
+    def __init__(
+        self,
+        config: ATPConfig,
+        model: nn.Module,
+        attachment: Attachment,
+        loader: DataLoader,
+        given: Any,
+        *,
+        total_steps: int,
+        batch_size: int,
+        micro_batches: int = 1,
+        ranks: int = 1,
+        quiet: bool = False,
+    ) -> None:
+        self._config, self._model = config, model
+        rows_a_pass = config.calibration_batch_size or min(batch_size, config.calibration_rows)
+        self.calibration = calibrate(config, given, loader, rows_a_pass)
+        schedule = Schedule.of(config, total_steps)
+        distils = config.distils and schedule.start_step > 0
+        compensation = Compensation(config.compensate, attachment, self._loss, self.calibration or (), at_hand=distils)
+        if compensation.refits and self.calibration is not None:
+            compensation.final_batches = for_refit(self.calibration, config.refit_rows, loader, config.seed)
+        grams = compensation.grams if compensation.refits else None
+        draw = partial(start, config, attachment, self.calibration, self._loss, quiet, grams)
+        self.learner = DecisionLearner(config, attachment, schedule, draw, compensation)
+        self._distillation = (
+            Distillation(model, attachment, compensation, config.distill, micro_batches, ranks) if distils else None
+        )
+
+    def begin_step(self, step: int, loss_scale: float) -> None:
+        """The alternating generator step where it is due, then this optimizer step's hard masks, then its teacher.
+
+        Args:
+            loss_scale: what a gradient scaler (fp16) multiplies the loss by.
+        """
+        learner, every = self.learner, self._config.generator_every
+        if self._config.alternates and step % every == 0 and not learner.frozen and learner.schedule.learns(step):
+            learner.alternate(step, lambda: self._loss(self._batch(step // every)))
+        learner.begin_step(step)
+        if self._distillation is not None:
+            self._distillation.begin_step(begins=step >= learner.schedule.start_step, loss_scale=loss_scale)
+
+    def end_step(self) -> None:
+        """Note what the step's passes have shown."""
+        if self._distillation is not None:
+            self.learner.metrics |= self._distillation.metrics()
+
+    def end(self) -> None:
+        """Leave nothing on the model but the masks."""
+        if self._distillation is not None:
+            self._distillation.remove()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything a bit-exact resume needs."""
+        tensors, values = self.learner.state()
+        teacher = self._distillation.state() if self._distillation is not None else {}
+        return tensors | {f"{TEACHER}{k}": v for k, v in teacher.items()}, values
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Continue from what `state` gave."""
+        self.learner.load_state(tensors, values)
+        if self._distillation is not None:
+            self._distillation.load_state(under(tensors, TEACHER))
+
+    def _batch(self, index: int) -> Mapping[str, Any]:
+        assert self.calibration is not None
+        return self.calibration.batch(index)
+
+    def _loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """The model's own loss on a calibration batch; the global random state (dropout) is left as it was."""
+        device = next(self._model.parameters()).device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with torch.random.fork_rng(), self._distillation.paused() if self._distillation else nullcontext():
+            return self._model(**inputs).loss
