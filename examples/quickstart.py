@@ -42,6 +42,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from atp import ATPCallback, ATPConfig
+from atp.commands.models import computes_in_bf16
 from atp.data import collator, make_windows, read_rows
 from atp.evaluation import count_parameters, folder_bytes, generation_speed, perplexity
 
@@ -162,7 +163,7 @@ def train(work: Path, name: str, steps: int, callbacks: list[TrainerCallback]) -
             learning_rate=5e-4,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,
-            bf16=True,
+            bf16=computes_in_bf16(),
             use_cpu=not torch.accelerator.is_available(),
             logging_steps=25,
             save_strategy="no",

@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from atp.cli import main
+from atp.commands import train
 from atp.commands.datasets import load_data
 from atp.errors import ConfigError
 from atp.evaluation import perplexity
@@ -52,6 +53,16 @@ def test_dense_run_leaves_an_adapter_and_measures_the_tuned_model(tmp_path):
     tuned = PeftModel.from_pretrained(untuned, str(run / "final"))
     assert metrics["validation"]["nll"] == pytest.approx(perplexity(tuned, windows).nll, rel=1e-5)
     assert metrics["validation"]["nll"] < before
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_emulated_bf16_is_named_before_anything_is_loaded(native, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(train, "computes_in_bf16", lambda: native)
+    values = MINIMAL | {"training": {"bf16": True}, "output_dir": str(tmp_path / "run")}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main(["train", str(path)]) == 2, "there is no model called m"
+    assert ("--training.bf16 false is several times faster here" in caplog.text) is not native
 
 
 def test_false_survives_the_round_trip_and_the_command_line(tmp_path):

@@ -7,6 +7,7 @@ Everything a user can get wrong is checked before the first weight is loaded. On
 import argparse
 import dataclasses
 import json
+import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -24,13 +25,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from atp.callback import ATPCallback
 from atp.commands.datasets import load_data
 from atp.commands.measurement import PeakMemoryCallback, model_cost
-from atp.commands.models import load_model, load_tokenizer, to_best_device
+from atp.commands.models import computes_in_bf16, load_model, load_tokenizer, to_best_device
 from atp.commands.output import flatten, print_table, write_json, write_text
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
 from atp.evaluation import folder_bytes, perplexity
 from atp.files import written_beside
 from atp.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 _RUN_FILES = ("checkpoint-*", "final", "pruned", "metrics.json", "recipe.yaml", "report.html")
 
@@ -57,6 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
     lora = recipe.lora_config()
     training = recipe.training_arguments()
     first = training.process_index == 0
+    if first and training.bf16 and not computes_in_bf16():
+        logger.warning("atp: this CPU has no bfloat16 arithmetic: --training.bf16 false is several times faster here")
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
     with _first_process_first(training):
         data = load_data(recipe.data, tokenizer, progress=first)

@@ -54,6 +54,23 @@ def test_detaching_undoes_any_decision(family, space_name):
     assert torch.equal(families.logits(model), expected)
 
 
+@every_case
+@pytest.mark.parametrize("compact", [False, True])
+def test_lifted_masks_are_not_there_and_come_back(family, space_name, compact):
+    model = families.with_lora(families.build(family))
+    dense = families.logits(model)
+    attachment = attach(model, _space(model, space_name))
+    attachment.set_masks(random_masks(attachment.space))
+    if compact:
+        attachment.compact()
+    pruned = families.logits(model)
+    with attachment.lifted():
+        assert torch.equal(families.logits(model), dense)
+    assert attachment.is_compact == compact
+    assert torch.equal(families.logits(model), pruned)
+    assert not torch.equal(dense, pruned)
+
+
 @pytest.mark.parametrize("family", [f for f in families.FAMILIES if f != "olmo2"])
 @pytest.mark.parametrize("space_name", ["width", "disp"])
 def test_masks_equal_zeroed_rows_and_columns(family, space_name):

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from atp.errors import CalibrationError
 from atp.training.calibration import Calibration, check_disjoint, hold_out, row_hash
+from atp.training.start import for_refit
 from tests import runs
 
 
@@ -49,6 +50,19 @@ def test_batches_wrap_around_and_need_labels() -> None:
     assert len(list(calibration)) == 1
     with pytest.raises(CalibrationError, match="no labels"):
         Calibration(rows, lambda batch: {"input_ids": torch.tensor([row["input_ids"] for row in batch])}, 4)
+
+
+def test_the_final_refit_sees_training_rows_too_and_no_row_twice() -> None:
+    rows = runs.dataset(40)
+    loader = DataLoader(rows, batch_size=4, collate_fn=lambda batch: {"labels": torch.tensor([len(batch)])} | batch[0])
+    calibration = Calibration([rows[i] for i in range(8)], loader.collate_fn, 4)
+    more = for_refit(calibration, 20, loader, seed=0)
+    assert len(more) == 5
+    assert len(more.hashes()) == 20
+    assert calibration.hashes() < more.hashes()
+    assert for_refit(calibration, 20, loader, seed=0).hashes() == more.hashes(), "the same for the same seed"
+    assert for_refit(calibration, 100, loader, seed=0).hashes() == {row_hash(row) for row in rows}
+    assert for_refit(calibration, 4, loader, seed=0).hashes() == calibration.hashes()
 
 
 def test_rows_are_known_by_their_tokens() -> None:
