@@ -57,6 +57,8 @@ class ATPConfig:
         init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model by score per parameter,
             `"standard"` over the whole model by z-score inside each block and kind; `None` takes what suits `init`
             (`criteria.ranking.SUITABLE`).
+        init_tilt: what `"global"` ranking makes of depth: scores count exp(-init_tilt) times in the first block,
+            exp(init_tilt) times in the last, and as suits their place between; 0 takes them as they are.
         protect: how many first and last blocks the starting decision leaves whole; `None` means none for criteria
             whose scores compare over blocks (`surgeon`), else the first tenth and the last thirtieth. The generator
             may prune them later.
@@ -82,13 +84,15 @@ class ATPConfig:
     The LoRA side:
         distill: weight of the KL divergence to the model as it was when pruning began (nothing pruned, adapters as they
             were then), beside the task loss; nothing is distilled where pruning begins with the first step, since
-            nothing has been tuned by then. Costs a dense forward pass a step, and no second model.
+            nothing has been tuned by then. Costs a dense forward pass a step, and no second model. 0 turns it off, the
+            default: in short runs it gained nothing (`benchmarks/LOG.md`).
         lasso: strength of the group lasso on LoRA weights of pruned groups when it is fully grown; 0 turns it off.
 
     Calibration:
         calibration_rows: rows held out of the training set when no calibration set is given.
         refit_rows: rows that the final refit looks at: the calibration rows and, up to this number, training rows. Its
-            targets are the dense model's own outputs, so that no row need be held out for it.
+            targets are the dense model's own outputs, so that no row need be held out for it. Each costs a few forward
+            passes, once.
         calibration_batch_size: rows per calibration pass; `None` takes the Trainer's per-device batch size, so that
             backward passes over calibration rows need no more memory than a training step.
 
@@ -111,6 +115,7 @@ class ATPConfig:
     generator_every: int = 1
     init: str = "surgeon"
     init_ranking: str | None = None
+    init_tilt: float = 0.3
     protect: tuple[int, int] | None = None
     start_at: float | None = None
     freeze_at: float = 0.3
@@ -130,11 +135,11 @@ class ATPConfig:
     noise_end: float = 0.0
     init_scale: float = 1.0
 
-    distill: float = 1.0
+    distill: float = 0.0
     lasso: float = 0.1
 
     calibration_rows: int = 64
-    refit_rows: int = 256
+    refit_rows: int = 128
     calibration_batch_size: int | None = None
 
     impl: str = "auto"
@@ -171,7 +176,7 @@ class ATPConfig:
             ("temperature_end", _positive(self.temperature_end), "a positive number"),
             ("generator_lr", _positive(self.generator_lr), "a positive number"),
             ("init_scale", _positive(self.init_scale), "a positive number"),
-            ("logit_bias", _number(self.logit_bias), "a number"),
+            *((name, _number(getattr(self, name)), "a number") for name in ("logit_bias", "init_tilt")),
             *(
                 (name, _number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
                 for name in ("budget_weight", "distill", "lasso", "noise", "noise_end")
@@ -263,9 +268,10 @@ class ATPConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def settings_in_use(self) -> dict[str, Any]:
-        """`to_dict` without the settings that no run with this `decision` and `compensate` looks at."""
+        """`to_dict` without the settings that no run with this `decision`, `compensate` and ranking looks at."""
         unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
         unused += () if self.compensate in _REFITTING else ("refit_rows",)
+        unused += ("init_tilt",) if self.init_ranking in ("block", "standard") else ()
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:

@@ -27,19 +27,21 @@ ONE_STAGE = ("atp", "logits", "paper")
 FREEZE_AT = {"prune-then-tune": 0.0, "tune-prune-recover": 0.5, "tune-then-prune": 1.0}
 """The two-stage timings: the share of training after which the formula decides."""
 
+_UNIFORM = {"init_ranking": "block", "init_tilt": 0.0, "compensate": "none"}
+
 CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     # Ranked inside each block, first and last blocks whole (`protect` at its default): LLM-Pruner (arXiv 2305.11627)
     # prunes every block by the same share and spares the first four and the last two of 32; Wanda (arXiv 2306.11695)
     # compares inside one layer only. Ranked globally the same scores empty whole blocks: 1451 against 45 perplexity
     # for `activation` on SmolLM2-135M at 40 %. None of these compensates for what is removed.
-    "magnitude": {"init_ranking": "block", "compensate": "none"},
-    "activation": {"init_ranking": "block", "compensate": "none"},
-    "taylor": {"init_ranking": "block", "compensate": "none"},
-    "taylor2": {"init_ranking": "block", "compensate": "none"},
-    "random": {"init_ranking": "block", "compensate": "none"},
+    "magnitude": _UNIFORM,
+    "activation": _UNIFORM,
+    "taylor": _UNIFORM,
+    "taylor2": _UNIFORM,
+    "random": _UNIFORM,
     # FLAP (arXiv 2312.11983) standardises scores inside each block and kind, ranks over the whole model, and puts the
     # mean of what is lost into a bias.
-    "flap": {"init_ranking": "standard", "compensate": "bias"},
+    "flap": {"init_ranking": "standard", "init_tilt": 0.0, "compensate": "bias"},
 }
 """What each criterion changes, as its authors run it; a criterion that is not here runs with `ATPConfig`'s defaults."""
 

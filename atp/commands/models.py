@@ -59,7 +59,7 @@ def load_shell(name: str, gguf_file: str | None = None) -> PreTrainedModel:
 
 
 def computes_in_bf16() -> bool:
-    """Whether bfloat16 is arithmetic here and not emulated, 5 to 8 times slower than float32 on a CPU without AVX-512."""
+    """Whether bfloat16 is arithmetic here and not emulated, 5 to 8 times slower on a CPU without AVX-512."""
     if torch.accelerator.is_available():
         return True
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

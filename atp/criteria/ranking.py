@@ -2,10 +2,12 @@
 
 `block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
           rival: activation-weighted, uniform per block, first and last blocks left whole).
-`global`  the score per parameter that the group holds, over the whole model.
+`global`  the score per parameter that the group holds, over the whole model; with a tilt, times exp(tilt * x), x from
+          -1 in the first block to 1 in the last: what is lost late cannot be made up for later.
 `standard`  z-scores within the set, compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,19 +25,22 @@ def suitable_protect(criterion: str, blocks: int) -> tuple[int, int]:
     return (0, 0) if criterion == "surgeon" else default_protect(blocks)
 
 
-def rank(scores: Mapping[str, Tensor], space: Space, how: str, protect: tuple[int, int]) -> dict[str, Tensor]:
+def rank(
+    scores: Mapping[str, Tensor], space: Space, how: str, protect: tuple[int, int], tilt: float = 0.0
+) -> dict[str, Tensor]:
     """Values in (0, 1), `(size,)` per set; the sets of protected blocks lie in (1, 2) and so are pruned last.
 
     Args:
         how: `"block"`, `"global"` or `"standard"`.
         protect: numbers of first and last blocks to protect.
+        tilt: of `"global"` towards late blocks.
     """
     blocks = len(space.structure.blocks)
     first, last = protect
     if how == "block":
         ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets}
     else:
-        ranked = _over_all(_per_parameter(scores, space) if how == "global" else _standardised(scores, space))
+        ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else _standardised(scores, space))
     for s in space.sets:
         if s.block < first or s.block >= blocks - last:
             ranked[s.name] = 1.0 + ranked[s.name]
@@ -70,8 +75,13 @@ def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, joined.split([len(v) for v in values.values()]), strict=True))
 
 
-def _per_parameter(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
-    return {s.name: scores[s.name] / c for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)}
+def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float) -> dict[str, Tensor]:
+    last = max(len(space.structure.blocks) - 1, 1)
+    depth = {s.name: 2 * s.block / last - 1 for s in space.sets}
+    return {
+        s.name: scores[s.name] / c * math.exp(tilt * depth[s.name])
+        for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)
+    }
 
 
 def _standardised(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:

@@ -59,7 +59,8 @@ def start(
     space = attachment.space
     how = config.init_ranking or SUITABLE.get(config.init, "block")
     protect = suitable_protect(config.init, len(space.structure.blocks)) if config.protect is None else config.protect
-    ranked = rank(_scores(config, attachment, calibration, loss, quiet, grams), space, how, protect)
+    scored = _scores(config, attachment, calibration, loss, quiet, grams)
+    ranked = rank(scored, space, how, protect, config.init_tilt)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
 

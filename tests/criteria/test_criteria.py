@@ -207,6 +207,17 @@ def test_standard_ranking_compares_z_scores_over_blocks() -> None:
     assert (z[a][b] > z[c][d]) == (scaled[a][b] > scaled[c][d])
 
 
+def test_a_tilt_favours_late_blocks_by_the_factor_it_says() -> None:
+    _, space, modules = parts("width")
+    raw = scores.magnitude(space, modules)
+    by_hand = {name: value * torch.e ** (0.7 * (2 * int(name[0]) / 3 - 1)) for name, value in raw.items()}
+    tilted, wanted = rank(raw, space, "global", (0, 0), tilt=0.7), rank(by_hand, space, "global", (0, 0))
+    assert all(torch.equal(tilted[name], wanted[name]) for name in raw)
+    kept = [project(ranked, space, 0.4) for ranked in (rank(raw, space, "global", (0, 0)), tilted)]
+    assert kept[0]["3.mlp"].sum() < kept[1]["3.mlp"].sum()
+    assert kept[0]["0.mlp"].sum() > kept[1]["0.mlp"].sum()
+
+
 def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> None:
     _, space, modules = parts("width")
     raw = scores.magnitude(space, modules)
