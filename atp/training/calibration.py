@@ -118,7 +118,7 @@ def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[
 def _owner_of_sampler(loader: DataLoader) -> BatchSampler:
     """The batch sampler that draws row indices, under whatever accelerate wrapped around it."""
     sampler: Any = loader.batch_sampler
-    while not hasattr(sampler, "sampler") and hasattr(sampler, "batch_sampler"):
+    while hasattr(sampler, "batch_sampler"):  # a shard of one process: its own `sampler` is a copy that nobody asks
         sampler = sampler.batch_sampler
     if not hasattr(sampler, "sampler"):
         raise CalibrationError(

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from atp.errors import CalibrationError
@@ -20,6 +21,20 @@ def test_holding_out_keeps_the_length_and_every_other_row() -> None:
     assert set(seen) == set(range(50)) - set(held)
     assert hold_out(loader, rows=4, batch_size=4, seed=3) == held, "twice is once"
     assert len(torch.cat(list(loader))) == 50
+
+
+def test_no_process_of_several_gets_a_held_out_row() -> None:
+    """Oracle: accelerate's own loaders of two processes."""
+    seen, held = [], set()
+    for process in range(2):
+        loader = DataLoader(range(50), batch_size=5, sampler=RandomSampler(range(50), generator=torch.Generator()))
+        own = prepare_data_loader(
+            loader, num_processes=2, process_index=process, put_on_device=False, rng_types=[], use_seedable_sampler=True
+        )
+        held |= set(hold_out(own, rows=4, batch_size=4, seed=3))
+        seen += torch.cat(list(own)).tolist()
+    assert len(held) == 4
+    assert set(seen) == set(range(50)) - held
 
 
 def test_at_most_a_tenth_is_held_out() -> None:
