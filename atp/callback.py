@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
@@ -231,7 +232,7 @@ class ATPCallback(TrainerCallback):
         return space
 
     def _start(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: Any, attachment: Attachment
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
     ) -> None:
         self._checked_evaluation = False
         self._run = run = PruningRun(

@@ -3,7 +3,7 @@
 `block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
           rival: activation-weighted, uniform per block, first and last blocks left whole).
 `global`  the score per parameter that the group holds, over the whole model; with a tilt, times exp(tilt * x), x from
-          -1 in the first block to 1 in the last: what is lost late cannot be made up for later.
+          -1 in the first block to 1 in the last.
 `standard`  z-scores within the set, compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
 

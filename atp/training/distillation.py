@@ -13,6 +13,7 @@ head, they are made here, from the last hidden states, a chunk at a time.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -200,13 +201,16 @@ class Distillation:
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+@dataclass(eq=False)
 class _Lesson:
     """What the teacher says of one batch: last hidden states, `(rows, tokens, hidden)`, which of its tokens count,
     `(rows, tokens)`, and the factor of the sum over them; `given` once it has been tied to the student's logits.
     """
 
-    def __init__(self, hidden: Tensor, learned: Tensor, scale: float) -> None:
-        self.hidden, self.learned, self.scale, self.given = hidden, learned, scale, False
+    hidden: Tensor
+    learned: Tensor
+    scale: float
+    given: bool = False
 
 
 class _Pulled(torch.autograd.Function):

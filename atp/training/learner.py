@@ -81,7 +81,7 @@ class DecisionLearner:
     def start(self) -> None:
         """What comes before the first step; not called when a run is resumed."""
         if self.config.decision == "criterion" or self.schedule.start_step == 0:
-            self._draw_first()
+            self._require_start()
 
     @property
     def frozen(self) -> bool:
@@ -217,10 +217,8 @@ class DecisionLearner:
 
     def _require_start(self) -> None:
         """Draw the decision of `config.init`, once, and make up for what it takes."""
-        if not self._started:
-            self._draw_first()
-
-    def _draw_first(self) -> None:
+        if self._started:
+            return
         self._started = True
         self._set_start()
         if self.config.init == "ones":
