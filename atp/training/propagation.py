@@ -1,18 +1,19 @@
 """Propagation: block after block, what stays is refitted so that the pruned model's stream follows the dense model's.
 
-A layer that is refitted by itself makes up for its own lost inputs, not for what went wrong before it. Here its target
-is what the dense stream holds after it, less what the pruned stream holds before it, and its inputs are those of the
-pruned stream (the global propagation of Shin et al., EMNLP 2024):
+A layer that is refitted by itself makes up for its own lost inputs, not for what went wrong before it. Here its inputs
+are those of the pruned stream, and its target is what the dense model's layer writes, and what the pruned stream lacks
+before it (the global propagation of Shin et al., EMNLP 2024):
 
     minimise over W   mean |W x - t|^2 + PRIOR * mean(diag mean x xᵀ) * |W - W0|^2,    W0: refitted by itself
 
-Only writers are refitted, and only in blocks whose output is their input plus what attention and MLP write: not where a
-norm or a factor comes after the writer (Gemma 2 and 3, OLMo 2, Granite). Two streams are held for all calibration rows.
+Where an RMS norm reads what the layer writes (Gemma 2 and 3, OLMo 2), t is what the norm must be given, to first order
+at the dense model's root mean square. Only writers are refitted, and only in blocks whose output is their input plus
+what attention and MLP bring to it. Two streams are held for all calibration rows.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,16 +31,56 @@ propagation, 42.6, 41.0, 40.9 with it at 0.01, 0.1 and 1."""
 ADDITIVE = 2e-2
 """A block counts as additive where its output is the sum up to this relative error (bfloat16 has 4e-3)."""
 
+LEAST_GAIN = 0.1
+"""Of a norm after a writer, relative to its mean gain: channels with less are asked for less than what is missing."""
+
 _PER_CALL = {"past_key_values": None, "use_cache": False}
 
 
 @dataclass(eq=False)
 class Stream:
-    """One calibration batch on its way: hidden states, `(rows, tokens, hidden)`, of both models before a block."""
+    """One calibration batch on its way: hidden states, `(rows, tokens, hidden)`, of both models before a block.
+
+    Within a block, `dense` is ahead of `pruned`, and `before` holds what it was.
+    """
 
     dense: Tensor
     pruned: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
+    before: Tensor = field(init=False)
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """How what a writer writes reaches the stream: through an RMS norm or not, then times a factor (Granite's)."""
+
+    writer: nn.Module
+    norm: nn.Module | None
+    factor: float
+
+    @property
+    def last(self) -> nn.Module:
+        """The module whose output, times the factor, is added to the stream."""
+        return self.norm or self.writer
+
+    def brings(self, x: Tensor) -> Tensor:
+        """What the stream is given when the writer reads `x`."""
+        written = self.writer(x)
+        return self.factor * (written if self.norm is None else self.norm(written))
+
+    def wanted(self, written: Tensor, missing: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What to write in place of `written` to bring `missing` besides, and how much each token counts (`None`: 1).
+
+        The norm is taken as linear, with the root mean square of `written`; where its gain is next to nothing, so is
+        what a channel can bring, and no more is asked of it.
+        """
+        written, missing = written.float(), missing.float() / self.factor
+        if self.norm is None:
+            return written + missing, None
+        gain = self.norm(torch.ones_like(written[:1, :1])).float()
+        size = written.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        floor = LEAST_GAIN * gain.abs().mean()
+        return written + size * missing * gain / gain.square().clamp_min(floor.square()), 1 / size
 
 
 class _EnoughError(Exception):
@@ -82,46 +123,73 @@ def _follow_block(
     streams: list[Stream],
 ) -> None:
     module = attachment.lm.get_submodule(block.path)
-    attention, mlp = (attachment.modules[part.writer.path] for part in (block.attention, block.mlp))
-    by_attention: list[Tensor] = []  # what the dense stream holds once attention has written
+    attention, mlp = (
+        _way(attachment, module, part.writer.path, streams[0], block.index) for part in (block.attention, block.mlp)
+    )
+    written: list[tuple[Tensor, Tensor]] = []  # by the dense model's attention and MLP
+    middle: list[Tensor] = []  # the dense stream once attention has written
     additive = True
     with original(block):
         for stream in streams:
-            with _outputs(attention) as o, _outputs(mlp) as g:
+            with _outputs(attention.writer, attention.last, mlp.writer, mlp.last) as gave:
                 after = _call(module, stream.dense, stream.calls[block.index])
-            by_attention.append(stream.dense + o[0])
-            additive &= bool((by_attention[-1] + g[0] - after).norm() <= ADDITIVE * after.norm())
-            stream.dense = after
+            written.append((gave[attention.writer], gave[mlp.writer]))
+            middle.append(stream.dense + attention.factor * gave[attention.last])
+            off = middle[-1] + mlp.factor * gave[mlp.last] - after
+            additive &= bool(off.norm() <= ADDITIVE * after.norm())
+            stream.before, stream.dense = stream.dense, after
     if additive and block.attention.writer.path in writers:
         pairs = (
-            (_inputs(module, attention, s.pruned, s.calls[block.index]), target - s.pruned)
-            for s, target in zip(streams, by_attention, strict=True)
+            (
+                _inputs(module, attention.writer, s.pruned, s.calls[block.index]),
+                *attention.wanted(o, s.before - s.pruned),
+            )
+            for s, (o, _) in zip(streams, written, strict=True)
         )
-        _refit(attention, writers[block.attention.writer.path], pairs)
-    del by_attention
+        _refit(attention.writer, writers[block.attention.writer.path], pairs)
     if additive and block.mlp.writer.path in writers:
         read: list[Tensor] = []
-        _refit(mlp, writers[block.mlp.writer.path], _up_to(mlp, module, attention, block.index, streams, read))
+
+        def up_to_mlp() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+            """Take the pruned streams past attention; what the MLP's writer reads is kept in `read`."""
+            for stream, (_, g), dense in zip(streams, written, middle, strict=True):
+                with _outputs(attention.last) as brought:
+                    read.append(_inputs(module, mlp.writer, stream.pruned, stream.calls[block.index]))
+                stream.pruned = stream.pruned + attention.factor * brought[attention.last]
+                yield read[-1], *mlp.wanted(g, dense - stream.pruned)
+
+        _refit(mlp.writer, writers[block.mlp.writer.path], up_to_mlp())
         for stream, x in zip(streams, read, strict=True):
-            stream.pruned = stream.pruned + mlp(x)
+            stream.pruned = stream.pruned + mlp.brings(x)
     else:
         for stream in streams:
             stream.pruned = _call(module, stream.pruned, stream.calls[block.index])
 
 
-def _up_to(
-    mlp: nn.Module, module: nn.Module, attention: nn.Module, index: int, streams: list[Stream], read: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Take the pruned streams past attention; what the MLP's writer reads, kept in `read`, and should write."""
-    for stream in streams:
-        with _outputs(attention) as o:
-            read.append(_inputs(module, mlp, stream.pruned, stream.calls[index]))
-        stream.pruned = stream.pruned + o[0]
-        yield read[-1], stream.dense - stream.pruned
+def _way(attachment: Attachment, module: nn.Module, path: str, stream: Stream, index: int) -> _Way:
+    """Follow what the writer at `path` writes through one pass of its block, `module`."""
+    writer, hidden = attachment.modules[path], attachment.space.structure.hidden_size
+    norms = [n for n in module.children() if _is_rms_norm(n, hidden)]
+    after: list[nn.Module] = []
+    written: list[Tensor] = []
+
+    def hook(layer: nn.Module, args: tuple, _output: object) -> None:
+        if written and args[0] is written[0]:
+            after.append(layer)
+
+    handles = [writer.register_forward_hook(lambda _layer, _args, output: written.append(output))]
+    with removed_after([*handles, *(norm.register_forward_hook(hook) for norm in norms)]):
+        _call(module, stream.pruned, stream.calls[index])
+    return _Way(writer, after[0] if after else None, getattr(attachment.lm.config, "residual_multiplier", 1.0))
 
 
-def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Refit kept columns to `pairs` of inputs and wanted outputs."""
+def _is_rms_norm(module: nn.Module, hidden: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.shape == (hidden,) and getattr(module, "bias", None) is None
+
+
+def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+    """Refit kept columns to `pairs` of inputs, wanted outputs and the tokens' weights, `(..., 1)`."""
     base = base_layer(module)
     device, delta = base.weight.device, adapter_delta(module)
     kept = torch.nonzero(keep).flatten().to(device)
@@ -129,10 +197,13 @@ def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor
     gram = torch.zeros(len(kept), len(kept), device=device)
     missing = torch.zeros(len(kept), len(start), device=device)
     bias = 0.0 if base.bias is None else base.bias.float()
-    for x, target in pairs:
+    for x, target, weight in pairs:
         x = x.flatten(0, -2).float()[:, kept]
+        off = target.flatten(0, -2).float() - bias - x @ start.T
+        if weight is not None:
+            x, off = x * weight.flatten(0, -2), off * weight.flatten(0, -2)
         gram.addmm_(x.T, x)
-        missing.addmm_(x.T, target.flatten(0, -2).float() - bias - x @ start.T)
+        missing.addmm_(x.T, off)
     pull = PRIOR * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
     gram.diagonal().add_(pull)
     base.weight[:, kept] += torch.linalg.solve(gram, missing).T.to(base.weight.dtype)
@@ -216,7 +287,12 @@ def _inputs(module: nn.Module, layer: nn.Module, hidden: Tensor, call: tuple[tup
 
 
 @contextmanager
-def _outputs(layer: nn.Module) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
-    with removed_after([layer.register_forward_hook(lambda _layer, _args, output: found.append(output))]):
+def _outputs(*layers: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """What each of `layers` gives while a block runs once."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def hook(layer: nn.Module, _args: tuple, output: Tensor) -> None:
+        found[layer] = output
+
+    with removed_after([layer.register_forward_hook(hook) for layer in dict.fromkeys(layers)]):
         yield found

@@ -15,9 +15,8 @@ from tests.export.cases import random_masks
 IDS = [families.tokens(rows=8, seed=seed) for seed in range(6)]
 EVERYWHERE = (
     *("llama", "llama_mqa", "llama_biases", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "starcoder2", "stablelm"),
-    *("gpt_neox", "gpt_neox_serial"),
+    *("gpt_neox", "gpt_neox_serial", "gemma2", "gemma3", "olmo2", "granite"),
 )
-NOWHERE = ("gemma2", "gemma3", "olmo2", "granite")
 
 
 def compensated(how: str, family: str = "llama", space: str = "width", **changes: object) -> tuple:
@@ -55,10 +54,42 @@ def test_the_pruned_stream_follows_the_dense_one_better_than_by_refitting_alone(
     assert errors["follow"] < 0.97 * errors["weights"]
 
 
-@pytest.mark.parametrize("family", NOWHERE)
-def test_blocks_that_do_more_than_add_are_only_refitted(family: str) -> None:
-    states = [dict(compensated(how, family)[3].state()) for how in ("weights", "follow")]
+def test_blocks_that_do_more_than_add_are_only_refitted(monkeypatch) -> None:
+    monkeypatch.setattr(propagation, "ADDITIVE", -1.0)  # whatever a block does counts as more
+    states = [dict(compensated(how)[3].state()) for how in ("weights", "follow")]
     assert runs.same(*({k: v for k, v in state.items() if k in states[0]} for state in states))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+def test_a_norm_after_the_writer_gives_the_stream_what_it_lacks(family: str) -> None:
+    model = families.build(family)
+    block = causal_lm(model).get_submodule(discover(model).blocks[0].path)
+    generator = torch.Generator().manual_seed(0)
+    hidden = discover(model).hidden_size
+    norm = block.post_attention_layernorm
+    torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
+    way = propagation._Way(torch.nn.Identity(), norm, factor=0.5)
+    written = torch.randn(2, 5, hidden, generator=generator)
+    missing = 1e-3 * torch.randn(2, 5, hidden, generator=generator)
+    with torch.no_grad():
+        wanted, weight = way.wanted(written, missing)
+        assert families.relative_error(weight, 1 / written.square().mean(-1, keepdim=True).sqrt()) <= 1e-5
+        brought = way.brings(wanted) - way.brings(written)
+    along = written / written.norm(dim=-1, keepdim=True)  # what no output of the norm can have: another size
+    gain = norm(torch.ones(1, 1, hidden)).detach()
+    left = (brought - missing) / gain
+    left -= (left * along).sum(-1, keepdim=True) * along
+    assert left.norm() <= 0.02 * (missing / gain).norm()
+
+
+def test_a_channel_that_the_norm_shuts_is_asked_for_nothing() -> None:
+    norm = torch.nn.RMSNorm(8)
+    with torch.no_grad():
+        norm.weight[3] = 0.0
+    written = torch.ones(1, 1, 8)
+    wanted, _ = propagation._Way(torch.nn.Identity(), norm, 1.0).wanted(written, torch.ones(1, 1, 8))
+    assert wanted[0, 0, 3] == 1.0
+    assert torch.isfinite(wanted).all()
 
 
 def test_the_last_writer_solves_the_normal_equations(monkeypatch) -> None:
