@@ -39,11 +39,20 @@ def run(arguments: argparse.Namespace) -> None:
     results = [_measure(name, rows, arguments) for name in arguments.models]
     print_table(
         f"{', '.join(arguments.data)}: {len(rows)} rows",
-        ("model", "parameters", "perplexity", "tokens counted", "tokens/s"),
-        [(r["model"], r["parameters"], r["perplexity"], r["tokens"], r["tokens_per_second"]) for r in results],
+        ("model", "parameters", "perplexity", "nll", "worst row's nll", "tokens counted", "tokens/s"),
+        [_texts(result) for result in results],
     )
     if arguments.json:
         write_json(arguments.json, {"data": arguments.data, "rows": len(rows), "models": results})
+
+
+def _texts(result: dict[str, Any]) -> tuple[object, ...]:
+    spread = "" if result["nll_stderr"] is None else f" ± {result['nll_stderr']:.3f}"
+    return (
+        *(result[key] for key in ("model", "parameters", "perplexity")),
+        f"{result['nll']:.3f}{spread}",
+        *(result[key] for key in ("worst_row_nll", "tokens", "tokens_per_second")),
+    )
 
 
 def _measure(name: str, rows: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:

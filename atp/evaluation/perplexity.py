@@ -2,6 +2,10 @@
 
 Every label token weighs the same, whatever batch or row it is in; a mean of batch losses would not do that. Token t is
 predicted from tokens before t, so the first token of a row is never counted.
+
+A mean hides rows on which a pruned model breaks down: a model without a BOS whose first token no longer draws the
+attention that heads have to spare (the attention sink, arXiv 2309.17453) loses three nats on that row and is healthy on
+the next. `nll_stderr` and `worst_row_nll` show it.
 """
 
 import math
@@ -26,11 +30,14 @@ _IGNORED = -100
 class Perplexity:
     """`perplexity = exp(nll)`; `nll` is in nats per token; `tokens` counts label tokens.
 
-    `tokens_per_second` counts every token that went through the model.
+    `nll_stderr` is its standard error when rows are what was sampled (`None` with a single row that has labels), and
+    `worst_row_nll` the highest of any row. `tokens_per_second` counts every token that went through the model.
     """
 
     perplexity: float
     nll: float
+    nll_stderr: float | None
+    worst_row_nll: float
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -46,7 +53,8 @@ def perplexity(
     """
     was_training = model.training
     model.eval()
-    total, tokens, seen, start = 0.0, 0, 0, time.perf_counter()
+    measured: list[Tensor] = []
+    seen, start = 0, time.perf_counter()
     try:
         for first in tqdm(
             range(0, len(dataset), batch_size),
@@ -57,27 +65,49 @@ def perplexity(
             delay=1,
         ):
             rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
-            nll, count = _batch_nll(model, rows)
-            total, tokens, seen = total + nll, tokens + count, seen + sum(len(row["input_ids"]) for row in rows)
+            measured.append(_by_row(model, rows))
+            seen += sum(len(row["input_ids"]) for row in rows)
     finally:
         model.train(was_training)
-    if tokens == 0:
+    sums, counts = torch.cat(measured or [torch.zeros(0, 2)]).T
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    if len(counts) == 0:
         raise DataError("no token has a label: there is nothing to measure; give longer rows or label the prompt too")
     seconds = time.perf_counter() - start
-    return Perplexity(math.exp(min(total / tokens, 700.0)), total / tokens, tokens, seconds, seen / seconds)
+    nll = (sums.sum() / counts.sum()).item()
+    return Perplexity(
+        perplexity=math.exp(min(nll, 700.0)),
+        nll=nll,
+        nll_stderr=_standard_error(sums, counts),
+        worst_row_nll=(sums / counts).max().item(),
+        tokens=int(counts.sum()),
+        seconds=seconds,
+        tokens_per_second=seen / seconds,
+    )
+
+
+def _standard_error(sums: Tensor, counts: Tensor) -> float | None:
+    """Of the ratio of two sums over rows, to first order (Cochran, Sampling Techniques, 1977, eq. 6.13)."""
+    rows = len(counts)
+    if rows == 1:
+        return None
+    off = sums - sums.sum() / counts.sum() * counts
+    return (off.square().sum() * rows / (rows - 1)).sqrt().item() / counts.sum().item()
 
 
 @torch.no_grad()
-def _batch_nll(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-    """Sum of -log p over the label tokens of a batch, and their number."""
+def _by_row(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Sum of -log p over each row's label tokens, and their number, `(rows, 2)`, float64 on the CPU."""
     ids = _padded(rows, "input_ids", 0).to(model.device)
     labels = _padded(rows, "labels", _IGNORED).to(model.device)[:, 1:]
     lengths = torch.tensor([len(row["input_ids"]) for row in rows], device=model.device)
     attention_mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
     counted = labels != _IGNORED
-    nll = cross_entropy(logits[counted].float(), labels[counted], reduction="none")
-    return nll.double().sum().item(), int(counted.sum())
+    nll = cross_entropy(logits[counted].float(), labels[counted], reduction="none").double().cpu()
+    row = torch.nonzero(counted)[:, 0].cpu()
+    sums = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, nll)
+    return torch.stack([sums, counted.sum(1).double().cpu()], dim=1)
 
 
 def _padded(rows: Sequence[Mapping[str, Any]], column: str, value: int) -> Tensor:

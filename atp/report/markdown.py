@@ -8,12 +8,13 @@ from atp.report.summary import Cell, by_sparsity
 from atp.report.tables import count, number, percent, spread, times
 
 _COLUMNS = (
-    *("strategy", "seeds", "perplexity", "nll", "gap closed", "ppl / rival", "nll / dense"),
+    *("strategy", "seeds", "perplexity", "nll", "worst row", "gap closed", "ppl / rival", "nll / dense"),
     *("parameters", "FLOPs/token", "prefill ms", "/ dense", "decode ms/token", "/ dense"),
     *("peak MiB", "/ dense", "train s", "overlap with start"),
 )
 _LEGEND = (
-    "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *gap closed*: share of the way "
+    "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *worst row*: the "
+    "highest nll of a held-out row in any run, where rows tell. *gap closed*: share of the way "
     "from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity over that rival's. Latency: median over "
     "seeds, one stream; memory: peak of training; *overlap with start*: share of the groups that the decision drawn "
     "before tuning prunes and the final one prunes too. FLOPs count linear layers and the head, not attention scores."
@@ -57,6 +58,7 @@ def _texts(cell: Cell) -> list[str]:
         str(cell.seeds),
         spread(cell.perplexity),
         f"{cell.nll.mean:.4f}" + ("" if cell.nll.std is None else f" ± {cell.nll.std:.4f}"),
+        "" if cell.worst_row_nll is None else f"{cell.worst_row_nll:.2f}",
         percent(cell.gap_closed),
         number(cell.perplexity_to_rival),
         number(cell.relative_nll),

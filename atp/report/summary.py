@@ -26,11 +26,13 @@ class Spread:
 class Cell:
     """One strategy at one asked sparsity (`None` for dense); what cannot be known is `None`.
 
-    `nll` is held-out log-perplexity in nats per token. `gap_closed`: the share of the distance from the rival's nll to
-    dense's that is gone, 0 for the rival itself, 1 for a model as good as dense. `perplexity_to_rival`, `relative_nll`
-    and the `*_to_dense` figures are ratios. Latencies are medians over seeds: a prompt read, one token written; memory
-    is the peak of training. `overlap`: per group kind, the share of the groups pruned by the decision drawn before
-    tuning that the final one prunes too. `jobs`: how many runs shared the machine, at most.
+    `nll` is held-out log-perplexity in nats per token, `worst_row_nll` the highest of a held-out row in any run,
+    far above `nll` where a model breaks down on some rows (rows of earlier versions do not tell). `gap_closed`: the
+    share of the distance from the rival's nll to dense's that is gone, 0 for the rival itself, 1 for a model as
+    good as dense. `perplexity_to_rival`, `relative_nll` and the `*_to_dense` figures are ratios. Latencies are
+    medians over seeds: a prompt read, one token written; memory is the peak of training. `overlap`: per group kind,
+    the share of the groups pruned by the decision drawn before tuning that the final one prunes too. `jobs`: how
+    many runs shared the machine, at most.
     """
 
     strategy: str
@@ -38,6 +40,7 @@ class Cell:
     seeds: int
     perplexity: Spread
     nll: Spread
+    worst_row_nll: float | None
     gap_closed: float | None
     perplexity_to_rival: float | None
     relative_nll: float | None
@@ -92,6 +95,9 @@ def _cell(
         seeds=len(rows),
         perplexity=perplexity,
         nll=nll,
+        worst_row_nll=max(
+            (x for row in rows if (x := row["validation"].get("worst_row_nll")) is not None), default=None
+        ),
         gap_closed=_gap_closed(nll.mean, dense, rival),
         perplexity_to_rival=_ratio(perplexity.mean, _mean(rival, _perplexity) if rival else None),
         relative_nll=_ratio(nll.mean, _mean(dense, _nll) if dense else None),

@@ -47,6 +47,30 @@ def test_equals_the_sum_by_hand_whatever_the_batches(model, rows, batch_size):
     assert measured.tokens_per_second == pytest.approx(sum(len(r["input_ids"]) for r in rows) / measured.seconds)
 
 
+def test_spread_over_rows(model, rows):
+    each = [by_hand(model, [row]) for row in rows]
+    measured = perplexity(model, rows, 2, progress=False)
+    assert measured.worst_row_nll == pytest.approx(max(nll for nll, _ in each), rel=1e-6)
+    alike = [rows[1], rows[4], rows[1], rows[4]]  # of unequal length: residuals by hand
+    together, tokens = by_hand(model, alike)
+    squares = sum(((nll - together) * count) ** 2 for nll, count in (each[1], each[4], each[1], each[4]))
+    found = perplexity(model, alike, 3, progress=False).nll_stderr
+    assert found == pytest.approx(math.sqrt(squares * 4 / 3) / tokens, rel=1e-3)  # float32 losses, nearly alike
+
+
+def test_rows_of_one_length_have_the_standard_error_of_a_mean(model):
+    generator = torch.Generator().manual_seed(2)
+    same = [torch.randint(384, (12,), generator=generator).tolist() for _ in range(6)]
+    same = [{"input_ids": ids, "labels": ids} for ids in same]
+    means = torch.tensor([by_hand(model, [row])[0] for row in same])
+    found = perplexity(model, same, progress=False).nll_stderr
+    assert found == pytest.approx((means.std() / math.sqrt(6)).item(), rel=1e-5)
+
+
+def test_one_row_has_no_standard_error(model, rows):
+    assert perplexity(model, rows[1:2], progress=False).nll_stderr is None
+
+
 def test_equals_transformers_own_loss_on_one_row(model, rows):
     row = {key: torch.tensor([value]) for key, value in rows[1].items()}
     assert perplexity(model, rows[1:2], progress=False).nll == pytest.approx(model(**row).loss.item(), rel=1e-5)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from atp.report import by_sparsity, summarise
+from atp.report import by_sparsity, markdown, summarise
 from tests.report.rows import ACTIVATION, MAGNITUDE, ROWS, failed, row
 
 
@@ -20,6 +20,14 @@ def test_means_and_sample_deviations():
     assert found.perplexity.std == pytest.approx(perplexities.std(ddof=1))
     assert (found.nll.mean, found.seeds, found.train_seconds) == (pytest.approx(2.35), 2, 60.5)
     assert cells()[MAGNITUDE, 0.2].perplexity.std is None
+
+
+def test_the_worst_row_of_any_run_that_tells():
+    rows = [row("atp", 0.4, seed, 2.3) for seed in range(3)]
+    assert cells(rows)["atp", 0.4].worst_row_nll is None
+    rows[1]["validation"]["worst_row_nll"], rows[2]["validation"]["worst_row_nll"] = 3.1, 6.5
+    assert cells(rows)["atp", 0.4].worst_row_nll == 6.5
+    assert "| 6.50 |" in markdown(summarise(rows))
 
 
 def test_distances_to_the_best_rival_and_to_dense():
