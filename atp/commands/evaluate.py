@@ -10,6 +10,7 @@ from atp.data import make_windows, read_rows
 from atp.errors import ConfigError
 from atp.evaluation import count_parameters, perplexity
 from atp.recipe import DTYPES
+from atp.report import Spread, spread
 
 
 def add(commands: Any) -> None:
@@ -47,10 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _texts(result: dict[str, Any]) -> tuple[object, ...]:
-    spread = "" if result["nll_stderr"] is None else f" ± {result['nll_stderr']:.3f}"
     return (
         *(result[key] for key in ("model", "parameters", "perplexity")),
-        f"{result['nll']:.3f}{spread}",
+        spread(Spread(result["nll"], result["nll_stderr"]), digits=3),
         *(result[key] for key in ("worst_row_nll", "tokens", "tokens_per_second")),
     )
 

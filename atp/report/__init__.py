@@ -4,7 +4,7 @@ from atp.report.answers import answers
 from atp.report.markdown import markdown
 from atp.report.plots import PlotsUnavailableError, size_plot, sparsity_plot
 from atp.report.summary import Cell, Spread, by_sparsity, summarise
-from atp.report.tables import TABLE_COLUMNS, table_rows
+from atp.report.tables import TABLE_COLUMNS, spread, table_rows
 
 __all__ = [
     "TABLE_COLUMNS",
@@ -16,6 +16,7 @@ __all__ = [
     "markdown",
     "size_plot",
     "sparsity_plot",
+    "spread",
     "summarise",
     "table_rows",
 ]

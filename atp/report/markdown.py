@@ -57,7 +57,7 @@ def _texts(cell: Cell) -> list[str]:
         f"`{cell.strategy}`",
         str(cell.seeds),
         spread(cell.perplexity),
-        f"{cell.nll.mean:.4f}" + ("" if cell.nll.std is None else f" ± {cell.nll.std:.4f}"),
+        spread(cell.nll, digits=4),
         "" if cell.worst_row_nll is None else f"{cell.worst_row_nll:.2f}",
         percent(cell.gap_closed),
         number(cell.perplexity_to_rival),

@@ -95,9 +95,7 @@ def _cell(
         seeds=len(rows),
         perplexity=perplexity,
         nll=nll,
-        worst_row_nll=max(
-            (x for row in rows if (x := row["validation"].get("worst_row_nll")) is not None), default=None
-        ),
+        worst_row_nll=max(_known(rows, _worst_row_nll), default=None),
         gap_closed=_gap_closed(nll.mean, dense, rival),
         perplexity_to_rival=_ratio(perplexity.mean, _mean(rival, _perplexity) if rival else None),
         relative_nll=_ratio(nll.mean, _mean(dense, _nll) if dense else None),
@@ -138,6 +136,10 @@ def _nll(row: Row) -> float:
     return row["validation"]["nll"]
 
 
+def _worst_row_nll(row: Row) -> float | None:
+    return row["validation"].get("worst_row_nll")
+
+
 def _perplexity(row: Row) -> float:
     return row["validation"]["perplexity"]
 
@@ -164,8 +166,12 @@ def _mean(rows: Sequence[Row], of: Callable[[Row], float]) -> float:
 
 
 def _mean_known(rows: Sequence[Row], of: Callable[[Row], float | None]) -> float | None:
-    known = [value for row in rows if (value := of(row)) is not None]
+    known = _known(rows, of)
     return statistics.fmean(known) if known else None
+
+
+def _known(rows: Sequence[Row], of: Callable[[Row], float | None]) -> list[float]:
+    return [value for row in rows if (value := of(row)) is not None]
 
 
 def _median(rows: Sequence[Row], of: Callable[[Row], float]) -> float:

@@ -29,9 +29,9 @@ def table_rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
     ]
 
 
-def spread(value: Spread) -> str:
-    """`30.64 ± 0.13`."""
-    digits = 2 if value.mean < 1000 else 0
+def spread(value: Spread, digits: int = 2) -> str:
+    """`30.64 ± 0.13`, without digits from 1,000 on."""
+    digits = digits if value.mean < 1000 else 0
     mean = f"{value.mean:,.{digits}f}" if value.mean < 1e7 else f"{value.mean:.2e}"
     return mean if value.std is None else f"{mean} ± {value.std:{f'.{digits}f' if value.std < 1e7 else '.1e'}}"
 

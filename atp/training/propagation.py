@@ -8,12 +8,13 @@ before it (the global propagation of Shin et al., EMNLP 2024):
 
 Where an RMS norm reads what the layer writes (Gemma 2 and 3, OLMo 2), t is what the norm must be given, to first order
 at the dense model's root mean square. Only writers are refitted, and only in blocks whose output is their input plus
-what attention and MLP bring to it. Two streams are held for all calibration rows.
+what attention and MLP bring to it. Held for all calibration rows: two streams and, within a block, what both writers
+write and what the dense stream was before it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,15 +40,11 @@ _PER_CALL = {"past_key_values": None, "use_cache": False}
 
 @dataclass(eq=False)
 class Stream:
-    """One calibration batch on its way: hidden states, `(rows, tokens, hidden)`, of both models before a block.
-
-    Within a block, `dense` is ahead of `pruned`, and `before` holds what it was.
-    """
+    """One calibration batch on its way: hidden states, `(rows, tokens, hidden)`, of both models before a block."""
 
     dense: Tensor
     pruned: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
-    before: Tensor = field(init=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,14 +55,8 @@ class _Way:
     norm: nn.Module | None
     factor: float
 
-    @property
-    def last(self) -> nn.Module:
-        """The module whose output, times the factor, is added to the stream."""
-        return self.norm or self.writer
-
-    def brings(self, x: Tensor) -> Tensor:
-        """What the stream is given when the writer reads `x`."""
-        written = self.writer(x)
+    def brings(self, written: Tensor) -> Tensor:
+        """What the stream is given where the writer has written `written`."""
         return self.factor * (written if self.norm is None else self.norm(written))
 
     def wanted(self, written: Tensor, missing: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -123,64 +114,75 @@ def _follow_block(
     streams: list[Stream],
 ) -> None:
     module = attachment.lm.get_submodule(block.path)
-    attention, mlp = (
-        _way(attachment, module, part.writer.path, streams[0], block.index) for part in (block.attention, block.mlp)
-    )
-    written: list[tuple[Tensor, Tensor]] = []  # by the dense model's attention and MLP
-    middle: list[Tensor] = []  # the dense stream once attention has written
+    attention, mlp = _ways(attachment, block, module, streams[0])
+    before = [stream.dense for stream in streams]
+    by_attention: list[Tensor] = []  # what the dense model's writers write
+    by_mlp: list[Tensor] = []
     additive = True
     with original(block):
         for stream in streams:
-            with _outputs(attention.writer, attention.last, mlp.writer, mlp.last) as gave:
+            with _outputs(attention.writer) as o, _outputs(mlp.writer) as g:
                 after = _call(module, stream.dense, stream.calls[block.index])
-            written.append((gave[attention.writer], gave[mlp.writer]))
-            middle.append(stream.dense + attention.factor * gave[attention.last])
-            off = middle[-1] + mlp.factor * gave[mlp.last] - after
+            off = stream.dense + attention.brings(o[0]) + mlp.brings(g[0]) - after
             additive &= bool(off.norm() <= ADDITIVE * after.norm())
-            stream.before, stream.dense = stream.dense, after
+            by_attention += o
+            by_mlp += g
+            stream.dense = after
     if additive and block.attention.writer.path in writers:
         pairs = (
-            (
-                _inputs(module, attention.writer, s.pruned, s.calls[block.index]),
-                *attention.wanted(o, s.before - s.pruned),
-            )
-            for s, (o, _) in zip(streams, written, strict=True)
+            (_inputs(module, attention.writer, s.pruned, s.calls[block.index]), *attention.wanted(o, dense - s.pruned))
+            for s, o, dense in zip(streams, by_attention, before, strict=True)
         )
         _refit(attention.writer, writers[block.attention.writer.path], pairs)
+    middle = (dense + attention.brings(o) for dense, o in zip(before, by_attention, strict=True))
     if additive and block.mlp.writer.path in writers:
         read: list[Tensor] = []
-
-        def up_to_mlp() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            """Take the pruned streams past attention; what the MLP's writer reads is kept in `read`."""
-            for stream, (_, g), dense in zip(streams, written, middle, strict=True):
-                with _outputs(attention.last) as brought:
-                    read.append(_inputs(module, mlp.writer, stream.pruned, stream.calls[block.index]))
-                stream.pruned = stream.pruned + attention.factor * brought[attention.last]
-                yield read[-1], *mlp.wanted(g, dense - stream.pruned)
-
-        _refit(mlp.writer, writers[block.mlp.writer.path], up_to_mlp())
+        pairs = (
+            (x, *mlp.wanted(g, dense - s.pruned))
+            for s, g, dense, x in zip(
+                streams, by_mlp, middle, _up_to(mlp, module, attention, block.index, streams, read), strict=True
+            )
+        )
+        _refit(mlp.writer, writers[block.mlp.writer.path], pairs)
         for stream, x in zip(streams, read, strict=True):
-            stream.pruned = stream.pruned + mlp.brings(x)
+            stream.pruned = stream.pruned + mlp.brings(mlp.writer(x))
     else:
         for stream in streams:
             stream.pruned = _call(module, stream.pruned, stream.calls[block.index])
 
 
-def _way(attachment: Attachment, module: nn.Module, path: str, stream: Stream, index: int) -> _Way:
-    """Follow what the writer at `path` writes through one pass of its block, `module`."""
-    writer, hidden = attachment.modules[path], attachment.space.structure.hidden_size
-    norms = [n for n in module.children() if _is_rms_norm(n, hidden)]
-    after: list[nn.Module] = []
-    written: list[Tensor] = []
+def _up_to(
+    mlp: _Way, module: nn.Module, attention: _Way, index: int, streams: list[Stream], read: list[Tensor]
+) -> Iterator[Tensor]:
+    """Take the pruned streams past attention; what the MLP's writer reads, kept in `read`."""
+    for stream in streams:
+        with _outputs(attention.writer) as o:
+            read.append(_inputs(module, mlp.writer, stream.pruned, stream.calls[index]))
+        stream.pruned = stream.pruned + attention.brings(o[0])
+        yield read[-1]
 
-    def hook(layer: nn.Module, args: tuple, _output: object) -> None:
-        if written and args[0] is written[0]:
-            after.append(layer)
 
-    handles = [writer.register_forward_hook(lambda _layer, _args, output: written.append(output))]
-    with removed_after([*handles, *(norm.register_forward_hook(hook) for norm in norms)]):
-        _call(module, stream.pruned, stream.calls[index])
-    return _Way(writer, after[0] if after else None, getattr(attachment.lm.config, "residual_multiplier", 1.0))
+def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Stream) -> tuple[_Way, _Way]:
+    """Attention's and the MLP's way to the stream, seen in one pass of the block."""
+    attention, mlp = (attachment.modules[part.writer.path] for part in (block.attention, block.mlp))
+    norms = [n for n in module.children() if _is_rms_norm(n, attachment.space.structure.hidden_size)]
+    reads: list[tuple[nn.Module, Tensor]] = []
+
+    def hook(norm: nn.Module, args: tuple, _output: object) -> None:
+        reads.append((norm, args[0]))
+
+    with (
+        removed_after([norm.register_forward_hook(hook) for norm in norms]),
+        _outputs(attention) as o,
+        _outputs(mlp) as g,
+    ):
+        _call(module, stream.pruned, stream.calls[block.index])
+    factor = getattr(attachment.lm.config, "residual_multiplier", 1.0)
+
+    def way(writer: nn.Module, written: Tensor) -> _Way:
+        return _Way(writer, next((norm for norm, x in reads if x is written), None), factor)
+
+    return way(attention, o[0]), way(mlp, g[0])
 
 
 def _is_rms_norm(module: nn.Module, hidden: int) -> bool:
@@ -287,12 +289,7 @@ def _inputs(module: nn.Module, layer: nn.Module, hidden: Tensor, call: tuple[tup
 
 
 @contextmanager
-def _outputs(*layers: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
-    """What each of `layers` gives while a block runs once."""
-    found: dict[nn.Module, Tensor] = {}
-
-    def hook(layer: nn.Module, _args: tuple, output: Tensor) -> None:
-        found[layer] = output
-
-    with removed_after([layer.register_forward_hook(hook) for layer in dict.fromkeys(layers)]):
+def _outputs(layer: nn.Module) -> Iterator[list[Tensor]]:
+    found: list[Tensor] = []
+    with removed_after([layer.register_forward_hook(lambda _layer, _args, output: found.append(output))]):
         yield found
