@@ -1,8 +1,8 @@
 """Compensation: what a final decision leaves is made to stand in for what it takes, before LoRA goes on.
 
 weights   every layer whose inputs are pruned: its kept columns refitted in the least-squares sense (`criteria.surgeon`)
-follow    the same, then writers once more, block by block, so that the pruned stream follows the dense one
-          (`training.propagation`)
+follow    the same; of the final decision from the weights as they were at first, writers once more, block by block, so
+          that the pruned stream follows the dense one (`training.propagation`)
 bias      the mean of what pruned inputs contributed goes into the layer's bias (FLAP, arXiv 2312.11983)
 
 The base weights of those layers change, so they are part of a run's saved state. Not covered: what pruned rows wrote
@@ -59,6 +59,9 @@ class Compensation:
         self._at_hand = at_hand
         self.final_batches = batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
+        blocks = attachment.space.structure.blocks
+        writing = {path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)}
+        self._writers = [path for path in self._linears if path in writing]
         quantised = [path for path in self._linears if is_quantised(base_layer(attachment.modules[path]))]
         if how in _REFITS and quantised:
             raise UnsupportedModelError(
@@ -77,16 +80,22 @@ class Compensation:
             decision: what is left from now on.
             before: what was left, and has been compensated for already; `decision` is a part of it. Where it is
                 everything, whatever an earlier call made of the weights is undone first.
-            final: whether nothing more will go; only then do writers follow the dense stream.
+            final: whether nothing more will go; only then do writers follow the dense stream, and `before` does not
+                matter to `"follow"`, which begins with the weights as they were at first.
         """
         if self.how == "none":
             return
         if final and self.final_batches is not self._batches:
             self.forget()  # it was measured on fewer
         batches = self.final_batches if final else self._batches
+        follows = self.how == "follow" and final
+        if follows:
+            before = self._attachment.space.full()
         had = {path: _kept_inputs(linear, before) for path, linear in self._linears.items()}
         keep = {path: _kept_inputs(linear, decision) for path, linear in self._linears.items()}
-        losing = {p: self._attachment.modules[p] for p in self._linears if not torch.equal(had[p], keep[p])}
+        writers = self._writers if follows else ()
+        alone = [p for p in self._linears if p not in writers and not torch.equal(had[p], keep[p])]
+        losing = {path: self._attachment.modules[path] for path in alone}
         if all(inputs.all() for inputs in had.values()):
             self._revert_all()
         self._claim(losing)
@@ -99,8 +108,10 @@ class Compensation:
                 found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
-        if self.how == "follow" and final:
-            self._follow(decision)
+        if follows:
+            self._claim(writers)
+            with self._masks(decision):
+                follow(self._attachment, {p: keep[p] for p in writers}, self._dense_block, self._forward, batches)
 
     @property
     def refits(self) -> bool:
@@ -153,16 +164,6 @@ class Compensation:
         weight = (dequantised_weight(layer).float() + adapter_delta(self._attachment.modules[path])).cpu()
         moved = weight[:, lost] @ mean[lost]
         return moved if layer.bias is None else layer.bias.cpu() + moved.to(layer.bias.dtype)
-
-    def _follow(self, decision: Mapping[str, Tensor]) -> None:
-        """Refit writers under the masks of `decision`; masks are left as they were."""
-        attachment = self._attachment
-        blocks = attachment.space.structure.blocks
-        writers = {path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)}
-        keep = {path: _kept_inputs(self._linears[path], decision) for path in self._linears.keys() & writers}
-        self._claim(keep)
-        with self._masks(decision):
-            follow(attachment, keep, self._dense_block, self._forward, self.final_batches)
 
     @contextmanager
     def _masks(self, values: Mapping[str, Tensor]) -> Iterator[None]:

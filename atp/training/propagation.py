@@ -4,7 +4,7 @@ A layer that is refitted by itself makes up for its own lost inputs, not for wha
 are those of the pruned stream, and its target is what the dense model's layer writes, and what the pruned stream lacks
 before it (the global propagation of Shin et al., EMNLP 2024):
 
-    minimise over W   mean |W x - t|^2 + PRIOR * mean(diag mean x xᵀ) * |W - W0|^2,    W0: refitted by itself
+    minimise over W   mean |W x - t|^2 + PRIOR * median(diag mean x xᵀ) * |W - W0|^2,    W0: refitted by itself
 
 Where an RMS norm reads what the layer writes (Gemma 2 and 3, OLMo 2), t is what the norm must be given, to first order
 at the dense model's root mean square. Only writers are refitted, and only in blocks whose output is their input plus
@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.criteria.statistics import Batches, removed_after
+from atp.criteria.statistics import Batches, removed_after, watched_inputs
+from atp.criteria.surgeon import refitted, typical
 from atp.layers import Attachment
 from atp.structure.discovery import Block
 from atp.structure.live import adapter_delta, base_layer
@@ -86,11 +87,12 @@ def follow(
     forward: Callable[[Any], object],
     batches: Batches,
 ) -> None:
-    """Refit `writers` in place.
+    """Refit `writers` in place, each by itself and then to the stream.
 
     Args:
         attachment: under the masks that are final.
-        writers: the layers to be refitted, by path, and which of their inputs stay, bool, `(in_features,)`.
+        writers: the layers to be refitted, by path, as they were at first, and which of their inputs stay, bool,
+            `(in_features,)`.
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
     """
@@ -115,19 +117,29 @@ def _follow_block(
 ) -> None:
     module = attachment.lm.get_submodule(block.path)
     attention, mlp = _ways(attachment, block, module, streams[0])
+    own = {part.writer.path for part in (block.attention, block.mlp)}
+    losing = {path: attachment.modules[path] for path in own & writers.keys() if not writers[path].all()}
+    grams: dict[str, Tensor] = {}
+
+    def see(path: str, x: Tensor) -> None:
+        grams.setdefault(path, x.new_zeros(x.shape[-1], x.shape[-1])).addmm_(x.T, x)
+
     before = [stream.dense for stream in streams]
     by_attention: list[Tensor] = []  # what the dense model's writers write
     by_mlp: list[Tensor] = []
     additive = True
     with original(block):
         for stream in streams:
-            with _outputs(attention.writer) as o, _outputs(mlp.writer) as g:
+            with _outputs(attention.writer) as o, _outputs(mlp.writer) as g, watched_inputs(losing, see):
                 after = _call(module, stream.dense, stream.calls[block.index])
             off = stream.dense + attention.brings(o[0]) + mlp.brings(g[0]) - after
             additive &= bool(off.norm() <= ADDITIVE * after.norm())
             by_attention += o
             by_mlp += g
             stream.dense = after
+    for path, layer in losing.items():
+        base, delta = base_layer(layer), adapter_delta(layer)
+        base.weight.copy_(refitted(base.weight.float() + delta, grams.pop(path), writers[path]) - delta)
     if additive and block.attention.writer.path in writers:
         pairs = (
             (_inputs(module, attention.writer, s.pruned, s.calls[block.index]), *attention.wanted(o, dense - s.pruned))
@@ -206,8 +218,7 @@ def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor
             x, off = x * weight.flatten(0, -2), off * weight.flatten(0, -2)
         gram.addmm_(x.T, x)
         missing.addmm_(x.T, off)
-    pull = PRIOR * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
-    gram.diagonal().add_(pull)
+    gram.diagonal().add_(PRIOR * typical(gram))
     base.weight[:, kept] += torch.linalg.solve(gram, missing).T.to(base.weight.dtype)
 
 

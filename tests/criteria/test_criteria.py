@@ -11,7 +11,7 @@ from atp.layers import attach
 from atp.structure.budget import project
 from atp.structure.discovery import discover
 from atp.structure.space import build_space
-from tests import tiny
+from tests import families, tiny
 
 IDS = torch.randint(2, 384, (3, 10), generator=torch.Generator().manual_seed(0))
 
@@ -102,7 +102,7 @@ def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
     assert got.keys() == {s.name for s in space.sets}
     x = inputs[0]
     gram = x.T @ x / len(x)
-    gram = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    gram = gram + 0.1 * gram.diagonal().median() * torch.eye(len(gram), dtype=torch.float64)
     owner = torch.arange(32) // 16 if name == "width" else torch.arange(32)
     first = got[group_set].argmin().item()
     costs = []
@@ -128,7 +128,7 @@ def test_costs_follow_the_order_in_which_groups_go() -> None:
     x = torch.randn(400, 24, generator=generator, dtype=torch.float64) @ mixing
     weight = torch.randn(8, 24, generator=generator, dtype=torch.float64)
     gram = x.T @ x / len(x)
-    damped = gram + 1e-2 * gram.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    damped = gram + 0.1 * gram.diagonal().median() * torch.eye(24, dtype=torch.float64)
     owner = torch.arange(24) // 3
     left, order = list(range(8)), []
 
@@ -159,6 +159,32 @@ def test_refitting_is_the_best_that_the_kept_columns_can_do() -> None:
     best = torch.linalg.lstsq(x[:, keep], x @ weight.T).solution.T
     assert error(best) <= error(fitted[:, keep]) < error(best) * 1.05
     assert error(fitted[:, keep]) < 0.9 * error(weight[:, keep])
+
+
+def test_an_input_that_holds_far_more_than_others_changes_nothing_for_them() -> None:
+    """As at an attention sink. Oracle: costs and refit of the same layer without that input."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
+    huge = 1e4 * torch.randn(200, 1, generator=generator)
+    weight, keep = torch.randn(5, 25, generator=generator), torch.arange(25) % 3 != 1
+    x = torch.cat([x, huge - x @ torch.linalg.lstsq(x, huge).solution], 1)  # tells nothing of the others
+    gram = x.T @ x / len(x)
+    costs, fitted = removal_costs(weight, gram, torch.arange(25)), refitted(weight, gram, keep)
+    assert costs.argmax() == 24
+    alone = removal_costs(weight[:, :24], gram[:24, :24], torch.arange(24))
+    assert families.relative_error(costs[:24], alone) <= 0.02
+    assert families.relative_error(fitted[:, :24], refitted(weight[:, :24], gram[:24, :24], keep[:24])) <= 0.02
+
+
+def test_inputs_that_are_never_there_go_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, generator=generator)
+    x = torch.randn(200, 12, generator=generator) * (torch.arange(12) < 3)
+    costs = removal_costs(weight, x.T @ x / len(x), torch.arange(12))
+    assert costs[3:].max() < costs[:3].min()
+    nothing = torch.zeros(12, 12)
+    assert removal_costs(weight, nothing, torch.arange(12)).isfinite().all()
+    assert refitted(weight, nothing, torch.arange(12) < 6).isfinite().all()
 
 
 def test_curvatures_do_not_depend_on_how_many_fit_at_a_time() -> None:

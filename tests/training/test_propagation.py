@@ -137,6 +137,31 @@ def test_another_decision_follows_from_the_original_weights() -> None:
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in model.state_dict().items())
 
 
+def test_what_an_earlier_shot_made_of_the_weights_does_not_matter() -> None:
+    _, attachment, decision, compensation = compensated("none")
+    space = attachment.space
+    first = {
+        name: torch.maximum(mask, other)
+        for (name, mask), other in zip(decision.items(), random_masks(space, 0.3, seed=3).values(), strict=True)
+    }
+    twice = Compensation("follow", attachment, compensation._forward, IDS)
+    twice.apply(first, space.full(), final=False)
+    twice.apply(decision, first)
+    assert runs.same(dict(twice.state()), dict(compensated("follow")[3].state()))
+
+
+def test_the_model_is_entered_once_a_batch_and_left_before_its_head() -> None:
+    model, attachment, decision, _ = compensated("none")
+    entered, left = [], []
+
+    def forward(ids: torch.Tensor) -> None:
+        entered.append(ids)
+        left.append(model(input_ids=ids))
+
+    Compensation("follow", attachment, forward, IDS).apply(decision, attachment.space.full())
+    assert (len(entered), len(left)) == (len(IDS), 0)
+
+
 def test_it_leaves_masks_mode_and_hooks_as_they_were() -> None:
     model, attachment, decision, compensation = compensated("none")
     model.train()
