@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-1
-"""Damping, relative to what a typical input holds (`typical`)."""
+"""Damping, relative to what a typical input holds (`typical`). SmolLM2-135M, 40 % of width, 64 rows, refitted, nats a
+token: 3.405 at 0.01, 3.387 at 0.1, 3.475 at 1."""
 
 ROUNDS = 64
 """Groups are removed in at most this many rounds, each on the weights that the round before has refitted."""

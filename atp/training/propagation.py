@@ -27,8 +27,8 @@ from atp.structure.discovery import Block
 from atp.structure.live import adapter_delta, base_layer
 
 PRIOR = 1.0
-"""Pull towards the layer refitted by itself. SmolLM2-135M, 40 % of width, 64 rows, untrained perplexity: 43.5 without
-propagation, 42.6, 41.0, 40.9 with it at 0.01, 0.1 and 1."""
+"""Pull towards the layer refitted by itself, relative to what a typical input holds. SmolLM2-135M, 40 % of width, 64
+rows, nats a token: 3.387 refitted by itself, 3.305 at 0.3, 3.296 at 1."""
 
 ADDITIVE = 2e-2
 """A block counts as additive where its output is the sum up to this relative error (bfloat16 has 4e-3)."""
