@@ -117,29 +117,11 @@ def _follow_block(
 ) -> None:
     module = attachment.lm.get_submodule(block.path)
     attention, mlp = _ways(attachment, block, module, streams[0])
-    own = {part.writer.path for part in (block.attention, block.mlp)}
-    losing = {path: attachment.modules[path] for path in own & writers.keys() if not writers[path].all()}
-    grams: dict[str, Tensor] = {}
-
-    def see(path: str, x: Tensor) -> None:
-        grams.setdefault(path, x.new_zeros(x.shape[-1], x.shape[-1])).addmm_(x.T, x)
-
     before = [stream.dense for stream in streams]
-    by_attention: list[Tensor] = []  # what the dense model's writers write
-    by_mlp: list[Tensor] = []
-    additive = True
     with original(block):
-        for stream in streams:
-            with _outputs(attention.writer) as o, _outputs(mlp.writer) as g, watched_inputs(losing, see):
-                after = _call(module, stream.dense, stream.calls[block.index])
-            off = stream.dense + attention.brings(o[0]) + mlp.brings(g[0]) - after
-            additive &= bool(off.norm() <= ADDITIVE * after.norm())
-            by_attention += o
-            by_mlp += g
-            stream.dense = after
-    for path, layer in losing.items():
-        base, delta = base_layer(layer), adapter_delta(layer)
-        base.weight.copy_(refitted(base.weight.float() + delta, grams.pop(path), writers[path]) - delta)
+        by_attention, by_mlp, additive, grams = _dense_pass(module, block, (attention, mlp), writers, streams)
+    for path, gram in grams.items():
+        _refit_alone(attachment.modules[path], writers[path], gram)
     if additive and block.attention.writer.path in writers:
         pairs = (
             (_inputs(module, attention.writer, s.pruned, s.calls[block.index]), *attention.wanted(o, dense - s.pruned))
@@ -161,6 +143,37 @@ def _follow_block(
     else:
         for stream in streams:
             stream.pruned = _call(module, stream.pruned, stream.calls[block.index])
+
+
+def _dense_pass(
+    module: nn.Module, block: Block, ways: tuple[_Way, _Way], writers: Mapping[str, Tensor], streams: list[Stream]
+) -> tuple[list[Tensor], list[Tensor], bool, dict[str, Tensor]]:
+    """Take the dense streams past a block.
+
+    Returns:
+        What attention's writer writes, and the MLP's, a batch each; whether the block adds them to its input and does
+        no more; and sums of x xᵀ over the inputs of those of `writers` that lose some, by path.
+    """
+    attention, mlp = ways
+    layers = {block.attention.writer.path: attention.writer, block.mlp.writer.path: mlp.writer}
+    losing = {path: layer for path, layer in layers.items() if path in writers and not writers[path].all()}
+    grams: dict[str, Tensor] = {}
+
+    def see(path: str, x: Tensor) -> None:
+        grams.setdefault(path, x.new_zeros(x.shape[-1], x.shape[-1])).addmm_(x.T, x)
+
+    by_attention: list[Tensor] = []
+    by_mlp: list[Tensor] = []
+    additive = True
+    for stream in streams:
+        with _outputs(attention.writer) as o, _outputs(mlp.writer) as g, watched_inputs(losing, see):
+            after = _call(module, stream.dense, stream.calls[block.index])
+        off = stream.dense + attention.brings(o[0]) + mlp.brings(g[0]) - after
+        additive &= bool(off.norm() <= ADDITIVE * after.norm())
+        by_attention += o
+        by_mlp += g
+        stream.dense = after
+    return by_attention, by_mlp, additive, grams
 
 
 def _up_to(
@@ -200,6 +213,12 @@ def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Strea
 def _is_rms_norm(module: nn.Module, hidden: int) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.shape == (hidden,) and getattr(module, "bias", None) is None
+
+
+def _refit_alone(module: nn.Module, keep: Tensor, gram: Tensor) -> None:
+    """Refit kept columns to what the layer gave with all of them."""
+    base, delta = base_layer(module), adapter_delta(module)
+    base.weight.copy_(refitted(base.weight.float() + delta, gram, keep.to(gram.device)) - delta)
 
 
 def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> None:
