@@ -11,7 +11,9 @@ Surgeon, arXiv 2312.17244), so costs compare over blocks and kinds of group.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from atp.structure.live import adapter_delta, base_layer
 
 RIDGE = 1e-1
 """Damping, relative to what a typical input holds (`typical`). SmolLM2-135M, 40 % of width, 64 rows, refitted, nats a
@@ -64,6 +66,17 @@ def refitted(weight: Tensor, gram: Tensor, keep: Tensor) -> Tensor:
         share = torch.linalg.solve(damped[kept][:, kept], damped[kept][:, gone])
         weight[:, kept] += weight[:, gone] @ share.T
     return weight
+
+
+def refitted_base(layer: nn.Module, gram: Tensor, had: Tensor, keep: Tensor) -> Tensor:
+    """The base weight with which a layer and its adapter do over the kept inputs what they did over those they had.
+
+    Args:
+        had, keep: bool, `(in_features,)`.
+    """
+    weight, delta = base_layer(layer).weight, adapter_delta(layer)
+    had, keep = had.to(gram.device), keep.to(gram.device)
+    return (refitted((weight.float() + delta) * had, gram, keep) - delta).to(weight.dtype)
 
 
 def square_root(matrix: Tensor) -> Tensor:

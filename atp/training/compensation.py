@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.criteria.statistics import Batches, input_grams, input_moments
-from atp.criteria.surgeon import refitted
+from atp.criteria.surgeon import refitted_base
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
 from atp.structure.discovery import Block
@@ -102,7 +102,7 @@ class Compensation:
         with self._masks(before):
             if self.refits:
                 grams = self._grams_of(losing, batches)
-                found = {path: self._refitted(path, gram, had[path], keep[path]) for path, gram in grams}
+                found = {p: refitted_base(losing[p], gram, had[p], keep[p]).cpu() for p, gram in grams}
             else:
                 moments = input_moments(losing, self._forward, batches)
                 found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
@@ -151,12 +151,6 @@ class Compensation:
             path = next(iter(ready))
             yield path, ready.pop(path)
         yield from input_grams(rest, self._forward, batches)
-
-    def _refitted(self, path: str, gram: Tensor, had: Tensor, keep: Tensor) -> Tensor:
-        """The weight with which base and adapter, over the kept inputs, do what they did over those they had."""
-        weight, delta = base_layer(self._attachment.modules[path]).weight, adapter_delta(self._attachment.modules[path])
-        had, keep = had.to(gram.device), keep.to(gram.device)
-        return (refitted((weight.float() + delta) * had, gram, keep) - delta).to("cpu", weight.dtype)
 
     def _shifted(self, path: str, mean: Tensor, lost: Tensor) -> Tensor:
         """The bias with the mean of what the `lost` inputs contributed."""

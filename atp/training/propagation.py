@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.criteria.statistics import Batches, removed_after, watched_inputs
-from atp.criteria.surgeon import refitted, typical
+from atp.criteria.surgeon import refitted_base, typical
 from atp.layers import Attachment
 from atp.structure.discovery import Block
 from atp.structure.live import adapter_delta, base_layer
@@ -121,7 +121,8 @@ def _follow_block(
     with original(block):
         by_attention, by_mlp, additive, grams = _dense_pass(module, block, (attention, mlp), writers, streams)
     for path, gram in grams.items():
-        _refit_alone(attachment.modules[path], writers[path], gram)
+        layer, keep = attachment.modules[path], writers[path]
+        base_layer(layer).weight.copy_(refitted_base(layer, gram, torch.ones_like(keep), keep))
     if additive and block.attention.writer.path in writers:
         pairs = (
             (_inputs(module, attention.writer, s.pruned, s.calls[block.index]), *attention.wanted(o, dense - s.pruned))
@@ -213,12 +214,6 @@ def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Strea
 def _is_rms_norm(module: nn.Module, hidden: int) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.shape == (hidden,) and getattr(module, "bias", None) is None
-
-
-def _refit_alone(module: nn.Module, keep: Tensor, gram: Tensor) -> None:
-    """Refit kept columns to what the layer gave with all of them."""
-    base, delta = base_layer(module), adapter_delta(module)
-    base.weight.copy_(refitted(base.weight.float() + delta, gram, keep.to(gram.device)) - delta)
 
 
 def _refit(module: nn.Module, keep: Tensor, pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> None:
