@@ -59,6 +59,8 @@ class ATPConfig:
             (`criteria.ranking.SUITABLE`).
         init_tilt: what `"global"` ranking makes of depth: scores count exp(-init_tilt) times in the first block,
             exp(init_tilt) times in the last, and as suits their place between; 0 takes them as they are.
+        init_evenness: what `"global"` ranking makes of differences between blocks, in [0, 1]: 0 takes them as they
+            are, 1 takes the same share of every block, as far as the tilt lets it.
         protect: how many first and last blocks the starting decision leaves whole; `None` means none for criteria
             whose scores compare over blocks (`surgeon`), else the first tenth and the last thirtieth. The generator
             may prune them later.
@@ -93,6 +95,7 @@ class ATPConfig:
         refit_rows: rows that the final refit looks at: the calibration rows and, up to this number, training rows. Its
             targets are the dense model's own outputs, so that no row need be held out for it. Each costs a few forward
             passes, once.
+        refit_first_tokens: one-token inputs that the final refit looks at besides, from the same rows; 0 turns it off.
         calibration_batch_size: rows per calibration pass; `None` takes the Trainer's per-device batch size, so that
             backward passes over calibration rows need no more memory than a training step.
 
@@ -116,6 +119,7 @@ class ATPConfig:
     init: str = "surgeon"
     init_ranking: str | None = None
     init_tilt: float = 0.3
+    init_evenness: float = 0.0
     protect: tuple[int, int] | None = None
     start_at: float | None = None
     freeze_at: float = 0.3
@@ -140,6 +144,7 @@ class ATPConfig:
 
     calibration_rows: int = 64
     refit_rows: int = 128
+    refit_first_tokens: int = 1024
     calibration_batch_size: int | None = None
 
     impl: str = "auto"
@@ -171,6 +176,7 @@ class ATPConfig:
                 self.start_at is None or (_number(self.start_at) and 0 <= self.start_at <= self.freeze_at),
                 f"a number in [0, freeze_at={self.freeze_at}] or null",
             ),
+            ("init_evenness", _number(self.init_evenness) and 0 <= self.init_evenness <= 1, "a number in [0, 1]"),
             ("budget_ramp", _number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
             ("temperature", _positive(self.temperature), "a positive number"),
             ("temperature_end", _positive(self.temperature_end), "a positive number"),
@@ -193,7 +199,10 @@ class ATPConfig:
                     "refit_rows",
                 )
             ),
-            ("seed", isinstance(self.seed, int) and self.seed >= 0, "an integer >= 0"),
+            *(
+                (name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an integer >= 0")
+                for name in ("seed", "refit_first_tokens")
+            ),
             *(
                 (name, isinstance(getattr(self, name), bool), "true or false")
                 for name in ("uniform", "on_budget", "export")
@@ -270,8 +279,8 @@ class ATPConfig:
     def settings_in_use(self) -> dict[str, Any]:
         """`to_dict` without the settings that no run with this `decision`, `compensate` and ranking looks at."""
         unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
-        unused += () if self.compensate in _REFITTING else ("refit_rows",)
-        unused += ("init_tilt",) if self.init_ranking in ("block", "standard") else ()
+        unused += () if self.compensate in _REFITTING else ("refit_rows", "refit_first_tokens")
+        unused += ("init_tilt", "init_evenness") if self.init_ranking in ("block", "standard") else ()
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:

@@ -37,6 +37,17 @@ def decision(run: Any) -> dict[str, torch.Tensor]:
     return runs.callback_of(run).learner.attachment.decision()
 
 
+@pytest.mark.parametrize("wanted", [0, 30])
+def test_the_final_refit_looks_at_one_token_inputs_too(tmp_path: Path, wanted: int) -> None:
+    run, alone = runs.trainer(tmp_path, runs.config(refit_first_tokens=wanted)), []
+    run.model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: alone.extend(kwargs["input_ids"] if kwargs["input_ids"].shape[1] == 1 else ()),
+        with_kwargs=True,
+    )
+    run.train()
+    assert len(alone) == wanted
+
+
 @pytest.mark.parametrize(("mode", "space"), WAYS)
 def test_run_leaves_a_smaller_model_that_computes_what_the_masked_one_did(
     tmp_path: Path, mode: str, space: str

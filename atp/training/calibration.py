@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from atp.errors import CalibrationError
@@ -62,6 +63,22 @@ class Calibration:
                 found.append(row)
         return Calibration(found, self._collate, self._batch_size)
 
+    def first_tokens(self, count: int) -> list[dict[str, Tensor]]:
+        """Batches of one-token inputs, `(tokens of a batch, 1)`, from the first rows, `count` in all where they reach.
+
+        What a model does with a first token, which every later one may attend to when there is nothing to attend to
+        (attention sinks, arXiv 2309.17453), is its own, and a row shows but one.
+        """
+        found: list[dict[str, Tensor]] = []
+        for batch in self:
+            if count <= 0:
+                break
+            tokens, mask = batch["input_ids"], batch.get("attention_mask")
+            tokens = (tokens.flatten() if mask is None else tokens[mask.bool()])[:count]
+            count -= len(tokens)
+            found.append({"input_ids": tokens[:, None]})
+        return found
+
     def hashes(self) -> set[str]:
         """Content hash of every row."""
         return {row_hash(self._rows[i]) for i in range(len(self._rows))}
@@ -70,7 +87,7 @@ class Calibration:
 def row_hash(row: Any) -> str:
     """Hash of a row's tokens (or of the whole row where it has none), blind to padding and to extra columns."""
     content = row.get("input_ids", row) if isinstance(row, Mapping) else row
-    if isinstance(content, torch.Tensor):
+    if isinstance(content, Tensor):
         content = content.tolist()
     return hashlib.sha256(repr(content).encode()).hexdigest()
 

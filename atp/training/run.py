@@ -64,7 +64,8 @@ class PruningRun:
         distils = config.distils and schedule.start_step > 0
         compensation = Compensation(config.compensate, attachment, self._loss, self.calibration or (), at_hand=distils)
         if compensation.refits and self.calibration is not None:
-            compensation.final_batches = for_refit(self.calibration, config.refit_rows, loader, config.seed)
+            rows = for_refit(self.calibration, config.refit_rows, loader, config.seed)
+            compensation.final_batches = [*rows, *rows.first_tokens(config.refit_first_tokens)]
         grams = compensation.grams if compensation.refits else None
         draw = partial(start, config, attachment, self.calibration, self._loss, quiet, grams)
         self.learner = DecisionLearner(config, attachment, schedule, draw, compensation)

@@ -244,6 +244,26 @@ def test_a_tilt_favours_late_blocks_by_the_factor_it_says() -> None:
     assert kept[0]["0.mlp"].sum() > kept[1]["0.mlp"].sum()
 
 
+def test_evenness_takes_log_medians_its_share_of_the_way_to_the_mean_of_their_kind() -> None:
+    _, space, modules = parts("width")
+    raw = scores.magnitude(space, modules)
+    raw = {name: value * 1.5 ** int(name[0]) for name, value in raw.items()}
+    names = [s.name for s in space.sets if s.kind == "mlp"]
+    by_hand = {}
+    for kind in space.kinds:
+        own = [s.name for s in space.sets if s.kind == kind]
+        logs = torch.stack([raw[name].median().log() for name in own])
+        by_hand |= {name: raw[name] * (0.6 * (logs.mean() - log)).exp() for name, log in zip(own, logs, strict=True)}
+    levelled, wanted = rank(raw, space, "global", (0, 0), evenness=0.6), rank(by_hand, space, "global", (0, 0))
+    assert all(torch.equal(levelled[name], wanted[name]) for name in raw)
+    kept = {}
+    for evenness in (0.0, 0.6, 1.0):
+        masks = project(rank(raw, space, "global", (0, 0), evenness=evenness), space, 0.4)
+        counts = [masks[name].sum().item() for name in names]
+        kept[evenness] = max(counts) - min(counts)
+    assert kept[0.0] > kept[0.6] > kept[1.0]
+
+
 def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> None:
     _, space, modules = parts("width")
     raw = scores.magnitude(space, modules)

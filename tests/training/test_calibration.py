@@ -80,6 +80,23 @@ def test_the_final_refit_sees_training_rows_too_and_no_row_twice() -> None:
     assert for_refit(calibration, 4, loader, seed=0).hashes() == calibration.hashes()
 
 
+def test_first_tokens_are_those_of_the_rows_one_by_one_without_padding() -> None:
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([row["input_ids"] for row in batch])
+        mask = torch.ones_like(ids)
+        mask[:, 3] = 0
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    rows = [{"input_ids": [10 * i + j for j in range(5)]} for i in range(4)]
+    calibration = Calibration(rows, collate, 2)
+    assert [b["input_ids"].tolist() for b in calibration.first_tokens(11)] == [
+        [[0], [1], [2], [4], [10], [11], [12], [14]],
+        [[20], [21], [22]],
+    ]
+    assert calibration.first_tokens(0) == []
+    assert sum(len(b["input_ids"]) for b in calibration.first_tokens(100)) == 16, "no more than there are"
+
+
 def test_rows_are_known_by_their_tokens() -> None:
     row = {"input_ids": [3, 4], "labels": [3, 4]}
     assert row_hash(row) == row_hash({"input_ids": torch.tensor([3, 4]), "extra": 1})

@@ -115,6 +115,25 @@ def test_a_strong_prior_leaves_what_refitting_gave(monkeypatch) -> None:
         assert families.relative_error(states[1][name], weight) <= 1e-5, name
 
 
+def test_first_tokens_that_the_refit_has_seen_keep_what_the_dense_model_does_with_them() -> None:
+    ones = torch.arange(64)[:, None]
+    errors = []
+    for batches in (IDS, [*IDS, ones]):
+        model = families.with_lora(families.build("llama"))
+        table = build_space(discover(model), "width")
+        attachment = attach(model, table)
+        seen = []
+        causal_lm(model).model.norm.register_forward_hook(lambda _m, args, _y, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(input_ids=ones)
+            compensation = Compensation("follow", attachment, lambda ids, m=model: m(input_ids=ids), batches)
+            compensation.apply(random_masks(table, 0.3), table.full())
+            attachment.set_masks(random_masks(table, 0.3))
+            model(input_ids=ones)
+        errors.append(families.relative_error(seen[-1], seen[0]))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_where_nothing_goes_nothing_changes() -> None:
     model, attachment, _, _ = compensated("none")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
