@@ -59,8 +59,9 @@ class ATPConfig:
             (`criteria.ranking.SUITABLE`).
         init_tilt: what `"global"` ranking makes of depth: scores count exp(-init_tilt) times in the first block,
             exp(init_tilt) times in the last, and as suits their place between; 0 takes them as they are.
-        init_evenness: what `"global"` ranking makes of differences between blocks, in [0, 1]: 0 takes them as they
-            are, 1 takes the same share of every block, as far as the tilt lets it.
+        init_floor: what `"global"` ranking leaves of every set of groups at least, in [0, 1], of the 1 - sparsity that
+            stay on the whole: scores hold for small changes, and call blocks cheap that all but vanish. The
+            generator may prune them later.
         protect: how many first and last blocks the starting decision leaves whole; `None` means none for criteria
             whose scores compare over blocks (`surgeon`), else the first tenth and the last thirtieth. The generator
             may prune them later.
@@ -119,7 +120,7 @@ class ATPConfig:
     init: str = "surgeon"
     init_ranking: str | None = None
     init_tilt: float = 0.3
-    init_evenness: float = 0.0
+    init_floor: float = 0.5
     protect: tuple[int, int] | None = None
     start_at: float | None = None
     freeze_at: float = 0.3
@@ -176,7 +177,7 @@ class ATPConfig:
                 self.start_at is None or (_number(self.start_at) and 0 <= self.start_at <= self.freeze_at),
                 f"a number in [0, freeze_at={self.freeze_at}] or null",
             ),
-            ("init_evenness", _number(self.init_evenness) and 0 <= self.init_evenness <= 1, "a number in [0, 1]"),
+            ("init_floor", _number(self.init_floor) and 0 <= self.init_floor <= 1, "a number in [0, 1]"),
             ("budget_ramp", _number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
             ("temperature", _positive(self.temperature), "a positive number"),
             ("temperature_end", _positive(self.temperature_end), "a positive number"),
@@ -280,7 +281,7 @@ class ATPConfig:
         """`to_dict` without the settings that no run with this `decision`, `compensate` and ranking looks at."""
         unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
         unused += () if self.compensate in _REFITTING else ("refit_rows", "refit_first_tokens")
-        unused += ("init_tilt", "init_evenness") if self.init_ranking in ("block", "standard") else ()
+        unused += ("init_tilt", "init_floor") if self.init_ranking in ("block", "standard") else ()
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:

@@ -27,7 +27,7 @@ ONE_STAGE = ("atp", "logits", "paper")
 FREEZE_AT = {"prune-then-tune": 0.0, "tune-prune-recover": 0.5, "tune-then-prune": 1.0}
 """The two-stage timings: the share of training after which the formula decides."""
 
-_UNIFORM = {"init_ranking": "block", "init_tilt": 0.0, "init_evenness": 0.0, "compensate": "none"}
+_UNIFORM = {"init_ranking": "block", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "none"}
 
 CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     # Ranked inside each block, first and last blocks whole (`protect` at its default): LLM-Pruner (arXiv 2305.11627)
@@ -41,7 +41,7 @@ CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     "random": _UNIFORM,
     # FLAP (arXiv 2312.11983) standardises scores inside each block and kind, ranks over the whole model, and puts the
     # mean of what is lost into a bias.
-    "flap": {"init_ranking": "standard", "init_tilt": 0.0, "init_evenness": 0.0, "compensate": "bias"},
+    "flap": {"init_ranking": "standard", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "bias"},
 }
 """What each criterion changes, as its authors run it; a criterion that is not here runs with `ATPConfig`'s defaults."""
 

@@ -27,7 +27,7 @@ from atp.generator.sampling import EULER_GAMMA
         ("distill", -1.0, ">= 0"),
         ("refit_rows", 0, "positive integer"),
         ("refit_first_tokens", -1, "integer >= 0"),
-        ("init_evenness", 1.5, "[0, 1]"),
+        ("init_floor", 1.5, "[0, 1]"),
         ("temperature", 0.0, "positive number"),
         ("generator_every", 1.5, "positive integer"),
         ("lasso", -0.1, ">= 0"),

@@ -2,15 +2,13 @@
 
 `block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
           rival: activation-weighted, uniform per block, first and last blocks left whole).
-`global`  the score per parameter that the group holds, over the whole model; with an evenness e, sets' log medians
-          are taken e of the way to the mean of their kind; with a tilt, scores count exp(tilt * x) times, x from -1 in
-          the first block to 1 in the last.
+`global`  the score per parameter that the group holds, over the whole model; with a tilt, times exp(tilt * x), x from
+          -1 in the first block to 1 in the last; with a floor, the best groups of every set are pruned last.
 `standard`  z-scores within the set, compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
 
 import math
 from collections.abc import Mapping
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -33,26 +31,28 @@ def rank(
     how: str,
     protect: tuple[int, int],
     tilt: float = 0.0,
-    evenness: float = 0.0,
+    floor: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Values in (0, 1), `(size,)` per set; the sets of protected blocks lie in (1, 2) and so are pruned last.
+    """Values in (0, 1), `(size,)` per set; what is protected lies in (1, 2) and so is pruned last.
 
     Args:
         how: `"block"`, `"global"` or `"standard"`.
         protect: numbers of first and last blocks to protect.
         tilt: of `"global"` towards late blocks.
-        evenness: of `"global"`, in [0, 1]: 0 takes scores as they are, at 1 the sets of a kind lose about the same.
+        floor: of `"global"`: this share of every set, its best groups, is protected.
     """
     blocks = len(space.structure.blocks)
     first, last = protect
     if how == "block":
         ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets}
     else:
-        by_parameter = _levelled(_per_parameter(scores, space), space, tilt, evenness)
-        ranked = _over_all(by_parameter if how == "global" else _standardised(scores, space))
+        ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else _standardised(scores, space))
     for s in space.sets:
         if s.block < first or s.block >= blocks - last:
             ranked[s.name] = 1.0 + ranked[s.name]
+        elif how == "global":
+            best = ranked[s.name].topk(round(floor * s.size)).indices
+            ranked[s.name][best] += 1.0
     return ranked
 
 
@@ -84,19 +84,12 @@ def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, joined.split([len(v) for v in values.values()]), strict=True))
 
 
-def _per_parameter(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
-    return {s.name: scores[s.name] / c for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)}
-
-
-def _levelled(scores: Mapping[str, Tensor], space: Space, tilt: float, evenness: float) -> dict[str, Tensor]:
-    """Each set's scores times a factor of its own."""
+def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float) -> dict[str, Tensor]:
     last = max(len(space.structure.blocks) - 1, 1)
-    tiny = torch.finfo(torch.float32).tiny
-    logs = {s.name: scores[s.name].median().clamp_min(tiny).log().item() for s in space.sets}
-    means = {kind: fmean(logs[s.name] for s in space.sets if s.kind == kind) for kind in space.kinds}
+    depth = {s.name: 2 * s.block / last - 1 for s in space.sets}
     return {
-        s.name: scores[s.name] * math.exp(evenness * (means[s.kind] - logs[s.name]) + tilt * (2 * s.block / last - 1))
-        for s in space.sets
+        s.name: scores[s.name] / c * math.exp(tilt * depth[s.name])
+        for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)
     }
 
 

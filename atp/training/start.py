@@ -60,7 +60,8 @@ def start(
     how = config.init_ranking or SUITABLE.get(config.init, "block")
     protect = suitable_protect(config.init, len(space.structure.blocks)) if config.protect is None else config.protect
     scored = _scores(config, attachment, calibration, loss, quiet, grams)
-    ranked = rank(scored, space, how, protect, config.init_tilt, config.init_evenness)
+    floor = config.init_floor * (1.0 - config.sparsity)
+    ranked = rank(scored, space, how, protect, config.init_tilt, floor)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
 

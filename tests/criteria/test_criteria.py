@@ -244,24 +244,18 @@ def test_a_tilt_favours_late_blocks_by_the_factor_it_says() -> None:
     assert kept[0]["0.mlp"].sum() > kept[1]["0.mlp"].sum()
 
 
-def test_evenness_takes_log_medians_its_share_of_the_way_to_the_mean_of_their_kind() -> None:
+def test_a_floor_leaves_every_set_its_best_groups_and_changes_no_order() -> None:
     _, space, modules = parts("width")
-    raw = scores.magnitude(space, modules)
-    raw = {name: value * 1.5 ** int(name[0]) for name, value in raw.items()}
-    names = [s.name for s in space.sets if s.kind == "mlp"]
-    by_hand = {}
-    for kind in space.kinds:
-        own = [s.name for s in space.sets if s.kind == kind]
-        logs = torch.stack([raw[name].median().log() for name in own])
-        by_hand |= {name: raw[name] * (0.6 * (logs.mean() - log)).exp() for name, log in zip(own, logs, strict=True)}
-    levelled, wanted = rank(raw, space, "global", (0, 0), evenness=0.6), rank(by_hand, space, "global", (0, 0))
-    assert all(torch.equal(levelled[name], wanted[name]) for name in raw)
-    kept = {}
-    for evenness in (0.0, 0.6, 1.0):
-        masks = project(rank(raw, space, "global", (0, 0), evenness=evenness), space, 0.4)
-        counts = [masks[name].sum().item() for name in names]
-        kept[evenness] = max(counts) - min(counts)
-    assert kept[0.0] > kept[0.6] > kept[1.0]
+    raw = {name: value * 100.0 ** int(name[0]) for name, value in scores.magnitude(space, modules).items()}
+    without = project(rank(raw, space, "global", (0, 0)), space, 0.5)
+    ranked = rank(raw, space, "global", (0, 0), floor=0.25)
+    masks = project(ranked, space, 0.5)
+    assert without["0.mlp"].sum() < 0.25 * len(without["0.mlp"])
+    assert all(masks[s.name].sum() >= round(0.25 * s.size) for s in space.sets)
+    for name, value in raw.items():
+        assert torch.equal(value.argsort(stable=True), ranked[name].argsort(stable=True)), name
+    plain = rank(raw, space, "standard", (0, 0))
+    assert all(torch.equal(v, plain[k]) for k, v in rank(raw, space, "standard", (0, 0), floor=0.25).items())
 
 
 def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> None:
