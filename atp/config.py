@@ -144,7 +144,7 @@ class ATPConfig:
     lasso: float = 0.1
 
     calibration_rows: int = 64
-    refit_rows: int = 128
+    refit_rows: int = 256
     refit_first_tokens: int = 1024
     calibration_batch_size: int | None = None
 
