@@ -74,7 +74,9 @@ class Calibration:
             if count <= 0:
                 break
             tokens, mask = batch["input_ids"], batch.get("attention_mask")
-            tokens = (tokens.flatten() if mask is None else tokens[mask.bool()])[:count]
+            if mask is None or mask.shape != tokens.shape:  # no padding, or a mask of pairs of tokens
+                mask = torch.ones_like(tokens)
+            tokens = tokens[mask.bool()][:count]
             count -= len(tokens)
             found.append({"input_ids": tokens[:, None]})
         return found

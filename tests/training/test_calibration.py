@@ -95,6 +95,8 @@ def test_first_tokens_are_those_of_the_rows_one_by_one_without_padding() -> None
     ]
     assert calibration.first_tokens(0) == []
     assert sum(len(b["input_ids"]) for b in calibration.first_tokens(100)) == 16, "no more than there are"
+    pairs = Calibration(rows, lambda batch: collate(batch) | {"attention_mask": torch.ones(2, 1, 5, 5)}, 2)
+    assert sum(len(b["input_ids"]) for b in pairs.first_tokens(100)) == 20, "a mask of pairs says nothing of padding"
 
 
 def test_rows_are_known_by_their_tokens() -> None:
