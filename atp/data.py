@@ -1,8 +1,9 @@
 """Rows -> token windows: JSONL files or hub data sets, tokenised with labels, packed or cut to length.
 
 A row has `prompt` and `completion` (which starts with the space that joins it to the prompt), or `text`, or any columns
-that the `prompt` and `completion` templates name. Packing concatenates rows, each closed by the end-of-text token, and
-cuts windows of exactly `max_length`; attention is not blocked between the rows of a window.
+that the `prompt` and `completion` templates name; rows of a task may have `choices` and `label` besides. Packing
+concatenates rows, each closed by the end-of-text token, and cuts windows of exactly `max_length`; attention is not
+blocked between the rows of a window.
 
 Not covered: chat templates, streaming, images.
 """
@@ -41,6 +42,17 @@ class Row:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class TaskRow(Row):
+    """A row that a model is scored on, and not only measured: `choices`, of which number `label` is the completion.
+
+    A row without choices is answered in the model's own words.
+    """
+
+    choices: tuple[str, ...] = ()
+    label: int | None = None
+
+
 def read_rows(
     sources: str | Sequence[str], split: str = "train", prompt: str | None = None, completion: str | None = None
 ) -> list[Row]:
@@ -62,6 +74,20 @@ def read_rows(
         if not found:
             raise DataError(f"{source}: holds no rows: give a file or split with at least one")
         rows += found
+    return rows
+
+
+def read_task(path: str) -> list[TaskRow]:
+    """Read a JSONL file of rows with `prompt` and `completion`, and, for all of them or none, `choices` and `label`.
+
+    Raises:
+        DataError: naming the file and the line.
+    """
+    rows = [_task_row(record, where) for where, record in _read_file(Path(path))]
+    if not rows:
+        raise DataError(f"{path}: holds no rows: give a file with at least one")
+    if len({bool(row.choices) for row in rows}) > 1:
+        raise DataError(f"{path}: some rows have `choices` and some have none: make them two files")
     return rows
 
 
@@ -171,6 +197,24 @@ def _row(record: Mapping[str, Any], where: str, prompt: str | None, completion: 
     if not all(isinstance(part, str) for part in pair):
         raise DataError(f"{where}: `prompt`, `completion` and `text` must be strings")
     return Row(*pair)
+
+
+def _task_row(record: Mapping[str, Any], where: str) -> TaskRow:
+    row = _row(record, where, None, None)
+    if not (row.prompt and row.completion.strip()):
+        raise DataError(f"{where}: a task needs a `prompt` and a `completion`, and one is empty: fill it in")
+    choices, label = record.get("choices"), record.get("label")
+    if choices is None and label is None:
+        return TaskRow(row.prompt, row.completion)
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise DataError(f"{where}: `choices` must be a list of two strings or more, found {choices!r}")
+    if type(label) is not int or not 0 <= label < len(choices):
+        raise DataError(f"{where}: `label` must be a number from 0 to {len(choices) - 1}, found {label!r}")
+    if row.completion != choices[label]:
+        raise DataError(
+            f"{where}: choices[{label}] is {choices[label]!r}, the completion {row.completion!r}: make them equal"
+        )
+    return TaskRow(row.prompt, row.completion, tuple(choices), label)
 
 
 def _fill(template: str, record: Mapping[str, Any], where: str) -> str:

@@ -50,6 +50,7 @@ class DataSettings:
 
     `calibration` is optional: without it `ATPCallback` holds rows of the training set out. The `*_split` settings are
     for hub data sets only. `validation_windows` measures only that many windows, spread evenly over the set.
+    `tasks`, by name, are JSONL files that the tuned model is scored on (`atp.data.read_task`), `task_rows` of each.
     """
 
     train: str | list[str]
@@ -64,6 +65,8 @@ class DataSettings:
     packing: bool = True
     completion_only: bool = False
     validation_windows: int | None = None
+    tasks: dict[str, str] = field(default_factory=dict)
+    task_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -72,6 +75,10 @@ class DataSettings:
             raise ConfigError(
                 f"data: validation_windows={self.validation_windows} is not allowed: it must be an integer >= 1 or null"
             )
+        if self.task_rows is not None and self.task_rows < 1:
+            raise ConfigError(f"data: task_rows={self.task_rows} is not allowed: it must be an integer >= 1 or null")
+        if not all(isinstance(word, str) for item in self.tasks.items() for word in item):
+            raise ConfigError(f"data: tasks={self.tasks!r} is not allowed: it must map names to JSONL files")
         if self.prompt is not None and self.completion is None:
             raise ConfigError("data: `prompt` is a template but `completion` is missing: set both")
 

@@ -311,6 +311,24 @@ def test_a_setting_newer_than_the_row_counts_with_its_default(command, faked, tm
     assert names == []
 
 
+def test_a_row_that_was_not_scored_counts_and_one_scored_otherwise_does_not(command, faked, base, tmp_path, capsys):
+    names, _ = faked
+    assert command("--strategies", "atp") == 0
+    names.clear()
+    task = ("--data.tasks.finding", tiny.jsonl(tmp_path / "task.jsonl", range(140, 144)))
+    assert command("--strategies", "atp", *task) == 0
+    assert names == []
+    assert "1 finished run(s), atp-0.4-seed0 first, were made before" in capsys.readouterr().out
+    assert command("--strategies", "atp,paper", *task) == 0
+    assert names == ["paper-0.4-seed0"]
+    capsys.readouterr()
+    assert command("--strategies", "atp,paper", *task, "--data.task_rows", 2) == 2
+    assert "paper-0.4-seed0: data.task_rows: None there, 2 now" in capsys.readouterr().err
+    learned = ("--data.tasks.finding", base / "train.jsonl", "--out", tmp_path / "other")
+    assert command("--strategies", "paper", *learned) == 2
+    assert "row(s) are in both the training and the finding set" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("strategy", "setting", "extended"),
     [
@@ -368,6 +386,9 @@ def test_without_matplotlib_tables_are_still_written(command, faked, tmp_path, c
         (["--data.train", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["--data.validation", "null"], "data: `validation` is missing"),
         (["--data.validation_windows", "0"], "validation_windows=0 is not allowed"),
+        (["--data.tasks.finding", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["--data.tasks.finding", "3"], "tasks={'finding': 3} is not allowed"),
+        (["--data.task_rows", "0"], "task_rows=0 is not allowed"),
         (["--training.max_step", "5"], "did you mean 'max_steps'?"),
         (["--training.eval_strategy", "sometimes"], "training: "),
         (["--model.name_or_path", "./nowhere"], "./nowhere: no such folder"),

@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from atp.data import IGNORED, Row, check_disjoint, collator, make_windows, read_rows
+from atp.data import IGNORED, Row, TaskRow, check_disjoint, collator, make_windows, read_rows, read_task
 from atp.errors import DataError
 from tests import tiny
 
@@ -50,6 +50,44 @@ def test_bad_files_are_one_line_that_says_where(tmp_path, content, message):
         read_rows(str(path))
     assert "bad.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_tasks_have_choices_or_none(tmp_path):
+    path = tmp_path / "task.jsonl"
+    records = [{"prompt": "a", "completion": " c", "choices": [" b", " c"], "label": 1, "id": "7"}]
+    path.write_text("\n".join(json.dumps(r) for r in records))
+    assert read_task(str(path)) == [TaskRow("a", " c", (" b", " c"), 1)]
+    assert read_task(str(tiny.jsonl(path, range(2)))) == [TaskRow(**tiny.row(0)), TaskRow(**tiny.row(1))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"choices": [" c"]}, "line 1: `choices` must be a list of two strings or more"),
+        ({"choices": None}, "line 1: `choices` must be a list of two strings or more, found None"),
+        ({"label": 2}, "line 1: `label` must be a number from 0 to 1, found 2"),
+        ({"label": None}, "line 1: `label` must be a number from 0 to 1, found None"),
+        ({"label": 0}, r"line 1: choices\[0\] is ' b', the completion ' c'"),
+        ({"prompt": ""}, "line 1: a task needs a `prompt` and a `completion`"),
+    ],
+)
+def test_bad_tasks_are_one_line_that_says_where(tmp_path, changes, message):
+    path = tmp_path / "task.jsonl"
+    good = {"prompt": "a", "completion": " c", "choices": [" b", " c"], "label": 1}
+    path.write_text(json.dumps(good | changes))
+    with pytest.raises(DataError, match=message):
+        read_task(str(path))
+
+
+def test_a_task_with_some_choices_or_no_rows_is_an_error(tmp_path):
+    path = tmp_path / "task.jsonl"
+    path.write_text("")
+    with pytest.raises(DataError, match=r"task\.jsonl: holds no rows"):
+        read_task(str(path))
+    rows = [{"prompt": "a", "completion": " c", "choices": [" b", " c"], "label": 1}, tiny.row(0)]
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    with pytest.raises(DataError, match="some rows have `choices` and some have none"):
+        read_task(str(path))
 
 
 def test_missing_files_wrong_suffixes_and_templates_that_do_not_fit(tmp_path):

@@ -28,6 +28,8 @@ def test_dense_run_leaves_an_adapter_and_measures_the_tuned_model(tmp_path):
             "validation": str(tiny.jsonl(tmp_path / "validation.jsonl", range(120, 140))),
             "max_length": 16,
             "validation_windows": 5,
+            "tasks": {"finding": str(tiny.jsonl(tmp_path / "task.jsonl", range(140, 150)))},
+            "task_rows": 3,
         },
         "lora": {"r": 4},
         "atp": False,
@@ -45,6 +47,10 @@ def test_dense_run_leaves_an_adapter_and_measures_the_tuned_model(tmp_path):
     assert metrics["tuned"]["decode"]["latency_ms_per_token"] > 0
     assert metrics["training"]["train_runtime"] > 0
     assert (metrics["training"]["peak_memory_mib"] or 1) > 0
+
+    score = metrics["tasks"]["finding"]
+    assert (score["metric"], score["rows"]) == ("rougeL", 3)
+    assert 0 <= score["value"] <= 1
 
     untuned = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     windows = load_data(Recipe.from_yaml(path).data, tiny.tokenizer(), progress=False).validation

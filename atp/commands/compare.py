@@ -84,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         with _alone_in(out), _terminate_like_ctrl_c():
             if changed:
                 replace_journal(journal, rows.values())
+            _say_what_has_no_scores(recipe, rows, journal)
             rows |= _run_missing(plan, rows, journal, arguments.keep_models, arguments.jobs)
     except KeyboardInterrupt:
         done = sum(row["status"] == "ok" for row in read_journal(journal).values())
@@ -161,6 +162,15 @@ def _run_missing(
                 time.sleep(0.05)
             raise
     return found
+
+
+def _say_what_has_no_scores(recipe: Recipe, rows: Mapping[str, Row], journal: Path) -> None:
+    unscored = [name for name, row in rows.items() if row["status"] == "ok" and "tasks" not in row]
+    if recipe.data.tasks and unscored:
+        print(
+            f"{len(unscored)} finished run(s), {unscored[0]} first, were made before the recipe named tasks and have "
+            f"no scores: remove their lines from {journal} to have them run again"
+        )
 
 
 def _waiting(done: int, plan: Sequence[Run], left: Sequence[Run], jobs: int) -> str:

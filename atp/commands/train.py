@@ -16,20 +16,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.callback import ATPCallback
-from atp.commands.datasets import load_data
+from atp.commands.datasets import RunData, load_data
 from atp.commands.measurement import PeakMemoryCallback, model_cost
 from atp.commands.models import computes_in_bf16, load_model, load_tokenizer, to_best_device
 from atp.commands.output import flatten, print_table, write_json, write_text
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.evaluation import folder_bytes, perplexity
+from atp.evaluation import folder_bytes, perplexity, score_task
 from atp.files import written_beside
 from atp.recipe import Recipe
 
@@ -82,11 +81,13 @@ def run(arguments: argparse.Namespace) -> None:
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     if first:
         tuned = trainer.accelerator.unwrap_model(trainer.model)
+        model, cost = (_pruned if pruning else _merged)(recipe, tuned)
         results = {
             "model": recipe.model.name_or_path,
             "training": outcome.metrics | {"peak_memory_mib": memory.peak_mib},
             **({"pruning": pruning.summary()} if pruning else {}),
-            **(_measure_pruned if pruning else _measure_dense)(recipe, tuned, data.validation),
+            **cost,
+            **_quality(model, tokenizer, data),
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         }
         write_json(Path(recipe.output_dir) / "metrics.json", results)
@@ -140,22 +141,29 @@ def _first_process_first(training: TrainingArguments) -> Iterator[None]:
         yield
 
 
-def _measure_pruned(recipe: Recipe, masked: PeftModel, held_out: Dataset | None) -> dict[str, Any]:
-    """The exported folder as a stranger loads it; without one, the masked model's perplexity alone."""
+def _pruned(recipe: Recipe, masked: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The exported folder as a stranger loads it, and what it costs; without one, the masked model."""
     folder = Path(recipe.output_dir) / "pruned"
     if not folder.is_dir():
-        return _validation(masked, held_out)
+        return masked, {}
     model = to_best_device(load_model(str(folder)))
-    return {"pruned": model_cost(model) | {"bytes": folder_bytes(folder)}} | _validation(model, held_out)
+    return model, {"pruned": model_cost(model) | {"bytes": folder_bytes(folder)}}
 
 
-def _measure_dense(recipe: Recipe, tuned: PeftModel, held_out: Dataset | None) -> dict[str, Any]:
-    """Write the adapter, merge it as an export would, and measure the dense model."""
+def _merged(recipe: Recipe, tuned: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Write the adapter, and merge it as an export would: the dense model, and what it costs."""
     with written_beside(Path(recipe.output_dir) / "final") as beside:
         tuned.save_pretrained(beside)
     model = tuned.merge_and_unload()
-    return {"tuned": model_cost(model)} | _validation(model, held_out)
+    return model, {"tuned": model_cost(model)}
 
 
-def _validation(model: PreTrainedModel, held_out: Dataset | None) -> dict[str, Any]:
-    return {} if held_out is None else {"validation": dataclasses.asdict(perplexity(model, held_out))}
+def _quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
+    """Perplexity on held-out text and scores on tasks, as far as the recipe names them."""
+    found: dict[str, Any] = {}
+    if data.validation is not None:
+        found["validation"] = dataclasses.asdict(perplexity(model, data.validation))
+    if data.tasks:
+        scores = {name: score_task(name, rows, model, tokenizer) for name, rows in data.tasks.items()}
+        found["tasks"] = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    return found

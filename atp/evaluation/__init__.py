@@ -11,10 +11,13 @@ from atp.evaluation.speed import (
     prefill_speed,
 )
 from atp.evaluation.subset import evenly_spread
+from atp.evaluation.tasks import TaskScore, check_tasks_available, score_task
 
 __all__ = [
     "Perplexity",
     "Speed",
+    "TaskScore",
+    "check_tasks_available",
     "count_parameters",
     "evenly_spread",
     "flops_per_token",
@@ -24,4 +27,5 @@ __all__ = [
     "perplexity",
     "prefill_speed",
     "reset_peak_memory",
+    "score_task",
 ]

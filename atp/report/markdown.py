@@ -9,15 +9,17 @@ from atp.report.tables import count, number, percent, spread, times
 
 _COLUMNS = (
     *("strategy", "seeds", "perplexity", "nll", "worst row", "gap closed", "ppl / rival", "nll / dense"),
+    *("scores", "/ dense"),
     *("parameters", "FLOPs/token", "prefill ms", "/ dense", "decode ms/token", "/ dense"),
     *("peak MiB", "/ dense", "train s", "overlap with start"),
 )
 _LEGEND = (
     "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *worst row*: the "
     "highest nll of a held-out row in any run, where rows tell. *gap closed*: share of the way "
-    "from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity over that rival's. Latency: median over "
-    "seeds, one stream; memory: peak of training; *overlap with start*: share of the groups that the decision drawn "
-    "before tuning prunes and the final one prunes too. FLOPs count linear layers and the head, not attention scores."
+    "from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity over that rival's; *scores*: on tasks, "
+    "of the runs that were scored, and their mean share of dense's. Latency: median over seeds, one stream; memory: "
+    "peak of training; *overlap with start*: share of the groups that the decision drawn before tuning prunes and the "
+    "final one prunes too. FLOPs count linear layers and the head, not attention scores."
 )
 
 
@@ -62,6 +64,8 @@ def _texts(cell: Cell) -> list[str]:
         percent(cell.gap_closed),
         number(cell.perplexity_to_rival),
         number(cell.relative_nll),
+        ", ".join(f"{task} {spread(score, digits=3)}" for task, score in cell.scores.items()),
+        percent(cell.relative_performance),
         f"{cell.parameters:,.0f}",
         count(cell.flops_per_token),
         f"{cell.prefill_ms:.1f}",

@@ -27,7 +27,9 @@ class Cell:
     """One strategy at one asked sparsity (`None` for dense); what cannot be known is `None`.
 
     `nll` is held-out log-perplexity in nats per token, `worst_row_nll` the highest of a held-out row in any run,
-    far above `nll` where a model breaks down on some rows (rows of earlier versions do not tell). `gap_closed`: the
+    far above `nll` where a model breaks down on some rows (rows of earlier versions do not tell). `scores`: means by
+    task. `relative_performance`: a score over dense's, mean over tasks (ATP, arXiv 2412.14426, Section 4), of the runs
+    that were scored; `None` where the two were not scored on the same tasks. `gap_closed`: the
     share of the distance from the rival's nll to dense's that is gone, 0 for the rival itself, 1 for a model as
     good as dense. `perplexity_to_rival`, `relative_nll` and the `*_to_dense` figures are ratios. Latencies are
     medians over seeds: a prompt read, one token written; memory is the peak of training. `overlap`: per group kind,
@@ -41,6 +43,8 @@ class Cell:
     perplexity: Spread
     nll: Spread
     worst_row_nll: float | None
+    scores: dict[str, Spread]
+    relative_performance: float | None
     gap_closed: float | None
     perplexity_to_rival: float | None
     relative_nll: float | None
@@ -86,7 +90,7 @@ def by_sparsity(cells: Sequence[Cell]) -> list[tuple[float | None, list[Cell]]]:
 def _cell(
     strategy: str, sparsity: float | None, rows: Sequence[Row], dense: Sequence[Row] | None, rival: Sequence[Row] | None
 ) -> Cell:
-    nll, perplexity = _spread(rows, _nll), _spread(rows, _perplexity)
+    nll, perplexity, scores = _spread(rows, _nll), _spread(rows, _perplexity), _scores(rows)
     prefill, decode = _median(rows, _prefill_ms), _median(rows, _decode_ms)
     memory = _mean_known(rows, _peak_memory)
     return Cell(
@@ -96,6 +100,8 @@ def _cell(
         perplexity=perplexity,
         nll=nll,
         worst_row_nll=max(_known(rows, _worst_row_nll), default=None),
+        scores=scores,
+        relative_performance=_relative(scores, _scores(dense) if dense else {}),
         gap_closed=_gap_closed(nll.mean, dense, rival),
         perplexity_to_rival=_ratio(perplexity.mean, _mean(rival, _perplexity) if rival else None),
         relative_nll=_ratio(nll.mean, _mean(dense, _nll) if dense else None),
@@ -125,6 +131,22 @@ def _gap_closed(nll: float, dense: Sequence[Row] | None, rival: Sequence[Row] | 
         return None
     start, end = _mean(rival, _nll), _mean(dense, _nll)
     return (start - nll) / (start - end) if start > end else None
+
+
+def _scores(rows: Sequence[Row]) -> dict[str, Spread]:
+    """By task, over the runs that were scored."""
+    scored = [row for row in rows if row.get("tasks")]
+    return {task: _spread(scored, _score_on(task)) for task in (scored[0]["tasks"] if scored else {})}
+
+
+def _score_on(task: str) -> Callable[[Row], float]:
+    return lambda row: row["tasks"][task]["value"]
+
+
+def _relative(scores: Mapping[str, Spread], dense: Mapping[str, Spread]) -> float | None:
+    if not scores or scores.keys() != dense.keys() or not all(score.mean for score in dense.values()):
+        return None
+    return statistics.fmean(score.mean / dense[task].mean for task, score in scores.items())
 
 
 def _overlap(rows: Sequence[Row]) -> dict[str, float] | None:

@@ -4,16 +4,19 @@ from collections.abc import Sequence
 
 from atp.report.summary import Cell, Spread
 
-TABLE_COLUMNS = (
-    *("strategy", "seeds", "perplexity", "gap\nclosed", "nll /\ndense"),
-    *("params", "decode\n/ dense", "memory\n/ dense", "train\ns"),
-)
-"""`decode`: time per token; `memory`: peak of training."""
 
+def printed_table(cells: Sequence[Cell]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column titles, and a row a cell.
 
-def table_rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
-    """One row a cell."""
-    return [
+    `decode`: time per token; `memory`: peak of training; `scores`: on tasks, in the place of the seconds of training
+    where there are any.
+    """
+    scored = any(cell.scores for cell in cells)
+    columns = (
+        *("strategy", "seeds", "perplexity", "gap\nclosed", "nll /\ndense"),
+        *("params", "decode\n/ dense", "memory\n/ dense", "scores\n/ dense" if scored else "train\ns"),
+    )
+    rows: list[tuple[str, ...]] = [
         (
             cell.strategy,
             str(cell.seeds),
@@ -23,10 +26,11 @@ def table_rows(cells: Sequence[Cell]) -> list[tuple[str, ...]]:
             count(cell.parameters),
             times(cell.decode_to_dense),
             times(cell.memory_to_dense),
-            f"{cell.train_seconds:,.0f}",
+            percent(cell.relative_performance) if scored else f"{cell.train_seconds:,.0f}",
         )
         for cell in cells
     ]
+    return columns, rows
 
 
 def spread(value: Spread, digits: int = 2) -> str:

@@ -4,19 +4,21 @@ import builtins
 
 import pytest
 
-from atp.report import TABLE_COLUMNS, PlotsUnavailableError, Spread, markdown, size_plot, sparsity_plot, summarise
-from atp.report.tables import count, spread, table_rows
+from atp.report import PlotsUnavailableError, Spread, markdown, printed_table, size_plot, sparsity_plot, summarise
+from atp.report.tables import count, spread
 from tests.report.rows import ROWS, failed
 
 CELLS = summarise(ROWS)
 
 
-def test_every_row_has_every_column_and_is_narrow():
-    rows = table_rows(CELLS)
-    widths = [
-        max(len(row[i]) for row in [*rows, *zip(*(c.split("\n") * 2 for c in TABLE_COLUMNS), strict=False)])
-        for i in range(len(TABLE_COLUMNS))
-    ]
+@pytest.mark.parametrize("scores", [{}, {"tasks": {"qa": {"value": 0.5}}}])
+def test_every_row_has_every_column_and_is_narrow(scores):
+    columns, rows = printed_table(summarise([row | scores for row in ROWS]))
+    assert columns[-1] == ("scores\n/ dense" if scores else "train\ns")
+    assert all(len(row) == len(columns) for row in rows)
+    assert {row[-1] for row in rows} == ({"100 %"} if scores else {"60"})
+    lines = [*rows, *zip(*(title.split("\n") * 2 for title in columns), strict=False)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     assert sum(widths) + 2 * len(widths) <= 100
 
 

@@ -42,6 +42,30 @@ def test_distances_to_the_best_rival_and_to_dense():
     assert found["atp", 0.4].perplexity_to_rival == pytest.approx(np.exp([2.3, 2.4]).mean() / rival)
 
 
+def test_relative_performance_is_the_mean_share_of_dense_scores_over_tasks():
+    def scored(strategy, sparsity, seed, **scores):
+        return row(strategy, sparsity, seed, 2.0) | {"tasks": {name: {"value": v} for name, v in scores.items()}}
+
+    rows = [
+        scored("dense", None, 0, qa=0.5, words=0.2),
+        scored("dense", None, 1, qa=0.7, words=0.4),
+        scored("atp", 0.4, 0, qa=0.3, words=0.3),
+        row("atp", 0.4, 1, 2.0),
+        scored(MAGNITUDE, 0.4, 0, qa=0.3),
+        row(ACTIVATION, 0.4, 0, 2.0),
+    ]
+    found = cells(rows)
+    assert found["atp", 0.4].relative_performance == pytest.approx((0.3 / 0.6 + 0.3 / 0.3) / 2)
+    assert found["dense", None].scores["qa"].std == pytest.approx(np.std([0.5, 0.7], ddof=1))
+    assert found["dense", None].relative_performance == pytest.approx(1)
+    assert found[MAGNITUDE, 0.4].relative_performance is None
+    assert found[ACTIVATION, 0.4].scores == {}
+    assert "| qa 0.300, words 0.300 | 75 % |" in markdown(summarise(rows))
+    assert cells(rows[2:])["atp", 0.4].relative_performance is None
+    rows[:2] = [scored("dense", None, 0, qa=0.5, words=0.0)]
+    assert cells(rows)["atp", 0.4].relative_performance is None, "nothing is a share of nothing"
+
+
 def test_costs_and_their_ratios():
     found = cells()["atp", 0.4]
     assert (found.decode_ms, found.decode_to_dense) == (8.5, pytest.approx(8.5 / 21))

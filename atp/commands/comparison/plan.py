@@ -86,13 +86,16 @@ def differences(row: Mapping[str, Any], run: Run) -> list[str]:
     """Settings in which a finished row's recipe differs from the run's, as `atp.sparsity: 0.4 there, 0.5 now`.
 
     The row's recipe is read like any other, so that a setting that is newer than the row counts with its default.
-    Settings that a run does not look at make no difference.
+    Settings that a run does not look at make no difference, nor do tasks where the row was scored on none: what it
+    trained is the same.
     """
     try:
-        there = _in_use(Recipe.from_dict(row["recipe"] | {"output_dir": run.recipe.output_dir}))
+        recipe = Recipe.from_dict(row["recipe"] | {"output_dir": run.recipe.output_dir})
     except ConfigError as error:
         return [str(error)]
-    now = _in_use(run.recipe)
+    there, now = _in_use(recipe), _in_use(run.recipe)
+    if not recipe.data.tasks:
+        there, now = ({k: v for k, v in each.items() if not k.startswith("data.task")} for each in (there, now))
     return [
         f"{key}: {there.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
         for key in sorted(there | now)

@@ -8,16 +8,15 @@ from typing import Any
 
 from atp.commands.output import print_table, write_bytes, write_json, write_text
 from atp.report import (
-    TABLE_COLUMNS,
     Cell,
     PlotsUnavailableError,
     answers,
     by_sparsity,
     markdown,
+    printed_table,
     size_plot,
     sparsity_plot,
     summarise,
-    table_rows,
 )
 from atp.strategies import DENSE
 
@@ -67,7 +66,7 @@ def _print(cells: Sequence[Cell]) -> None:
     for sparsity, here in by_sparsity(cells):
         print()
         title = "dense" if sparsity is None else f"{sparsity * 100:.4g} % removed"
-        print_table(title, TABLE_COLUMNS, table_rows(here), width=_WIDTH)
+        print_table(title, *printed_table(here), width=_WIDTH)
     for question, answer in answers(cells).items():
         print(textwrap.fill(f"{question} {answer}", _WIDTH, subsequent_indent="  "))
     if all(cell.strategy != DENSE for cell in cells):
