@@ -93,14 +93,16 @@ def differences(row: Mapping[str, Any], run: Run) -> list[str]:
         recipe = Recipe.from_dict(row["recipe"] | {"output_dir": run.recipe.output_dir})
     except ConfigError as error:
         return [str(error)]
-    there, now = _in_use(recipe), _in_use(run.recipe)
-    if not recipe.data.tasks:
-        there, now = ({k: v for k, v in each.items() if not k.startswith("data.task")} for each in (there, now))
+    there, now = (_in_use(each if recipe.data.tasks else _untasked(each)) for each in (recipe, run.recipe))
     return [
         f"{key}: {there.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
         for key in sorted(there | now)
         if there.get(key) != now.get(key)
     ]
+
+
+def _untasked(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tasks={}, task_rows=None))
 
 
 def _in_use(recipe: Recipe) -> dict[str, Any]:
