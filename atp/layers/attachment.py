@@ -1,6 +1,6 @@
 """Attaching a space to a live model, and taking it off again without a trace."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -80,9 +80,10 @@ class Attachment:
         return next((path for path, module in self.modules.items() if not is_plain(module)), None)
 
     @contextmanager
-    def lifted(self) -> Iterator[None]:
-        """Within it layers compute all they hold, masks and compaction aside; both are then as they were."""
-        masked = {path: masks_of(module) for path, module in self.modules.items() if is_masked(module)}
+    def lifted(self, paths: Iterable[str] | None = None) -> Iterator[None]:
+        """Within it layers (of `paths`, or all) compute all they hold, without masks; these are then as they were."""
+        modules = {path: self.modules[path] for path in paths or self.modules}
+        masked = {path: masks_of(module) for path, module in modules.items() if is_masked(module)}
         for path in masked:
             unmask_linear(self.modules[path])
         try:

@@ -37,6 +37,7 @@ class Compensation:
         forward: runs the model on one batch, under the masks as they are.
         batches: what it measures on.
         at_hand: keep what layers held at first where they compute, not on the CPU, for `undone` at every step.
+        compact: compute only what is kept while writers are refitted, where layers are plain.
 
     Attributes:
         final_batches: what it measures on when nothing more will go; `batches` unless set.
@@ -54,9 +55,10 @@ class Compensation:
         forward: Callable[[Any], object],
         batches: Batches,
         at_hand: bool = False,
+        compact: bool = True,
     ) -> None:
         self._attachment, self._forward, self._batches = attachment, forward, batches
-        self._at_hand = at_hand
+        self._at_hand, self._compact = at_hand, compact
         self.final_batches = batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         blocks = attachment.space.structure.blocks
@@ -111,7 +113,8 @@ class Compensation:
         if follows:
             self._claim(writers)
             with self._masks(decision):
-                follow(self._attachment, {p: keep[p] for p in writers}, self._dense_block, self._forward, batches)
+                kept = {path: keep[path] for path in writers}
+                follow(self._attachment, kept, self._dense_block, self._forward, batches, self._compact)
 
     @property
     def refits(self) -> bool:
@@ -184,7 +187,8 @@ class Compensation:
     @contextmanager
     def _dense_block(self, block: Block) -> Iterator[None]:
         """One block as it was before anything was removed; adapters stay on."""
-        with self.undone(linear.path for linear in block.linears), self._masks(self._attachment.space.full()):
+        paths = [linear.path for linear in block.linears]
+        with self.undone(paths), self._attachment.lifted(paths):
             yield
 
     def _original(self, path: str, device: torch.device) -> nn.Parameter | None:

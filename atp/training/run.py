@@ -62,7 +62,14 @@ class PruningRun:
         self.calibration = calibrate(config, given, loader, rows_a_pass)
         schedule = Schedule.of(config, total_steps)
         distils = config.distils and schedule.start_step > 0
-        compensation = Compensation(config.compensate, attachment, self._loss, self.calibration or (), at_hand=distils)
+        compensation = Compensation(
+            config.compensate,
+            attachment,
+            self._loss,
+            self.calibration or (),
+            at_hand=distils,
+            compact=config.impl != "eager",
+        )
         if compensation.refits and self.calibration is not None:
             rows = for_refit(self.calibration, config.refit_rows, loader, config.seed)
             compensation.final_batches = [*rows, *rows.first_tokens(config.refit_first_tokens)]

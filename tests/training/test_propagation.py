@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from atp.layers import attach
 from atp.structure.discovery import discover
@@ -19,12 +20,14 @@ EVERYWHERE = (
 )
 
 
-def compensated(how: str, family: str = "llama", space: str = "width", batches: list = IDS, **changes: object) -> tuple:
+def compensated(
+    how: str, family: str = "llama", space: str = "width", batches: list = IDS, compact: bool = True, **changes: object
+) -> tuple:
     model = families.with_lora(families.build(family, **changes))
     table = build_space(discover(model), space)
     attachment = attach(model, table)
     decision = random_masks(table, 0.3)
-    compensation = Compensation(how, attachment, lambda ids: model(input_ids=ids), batches)
+    compensation = Compensation(how, attachment, lambda ids: model(input_ids=ids), batches, compact=compact)
     compensation.apply(decision, table.full())
     return model, attachment, decision, compensation
 
@@ -37,6 +40,15 @@ def last_stream(model: torch.nn.Module, batches: list = IDS) -> torch.Tensor:
     with torch.no_grad():
         for ids in batches:
             model(input_ids=ids)
+    handle.remove()
+    return torch.cat(found)
+
+
+def written(model: torch.nn.Module, path: str) -> torch.Tensor:
+    """What a layer writes."""
+    found = []
+    handle = causal_lm(model).get_submodule(path).register_forward_hook(lambda _m, _a, y: found.append(y.detach()))
+    last_stream(model)
     handle.remove()
     return torch.cat(found)
 
@@ -54,10 +66,35 @@ def test_the_pruned_stream_follows_the_dense_one_better_than_by_refitting_alone(
     assert errors["follow"] < 0.97 * errors["weights"]
 
 
-def test_blocks_that_do_more_than_add_are_only_refitted(monkeypatch) -> None:
+@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_computing_only_what_is_kept_gives_the_same_weights(family: str, space: str) -> None:
+    found, truth = (dict(compensated("follow", family, space, compact=c)[3].state()) for c in (True, False))
+    assert found.keys() == truth.keys()
+    for name, weight in truth.items():
+        assert families.relative_error(found[name], weight) <= 1e-3, name
+
+
+def test_attention_of_the_pruned_stream_runs_once_a_batch(monkeypatch) -> None:
+    calls = []
+    own = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *a, **k: (calls.append(self), own(self, *a, **k))[1])
+    _, attachment, _, _ = compensated("follow")
+    blocks = len(attachment.space.structure.blocks)
+    first_batch_and_look = 2 * blocks - 1  # the last block is not computed when streams are captured
+    assert len(calls) == first_batch_and_look + 2 * len(IDS) * blocks
+
+
+def test_where_blocks_do_more_than_add_writers_give_what_the_dense_ones_do(monkeypatch) -> None:
     monkeypatch.setattr(propagation, "ADDITIVE", -1.0)  # whatever a block does counts as more
-    states = [dict(compensated(how)[3].state()) for how in ("weights", "follow")]
-    assert runs.same(*({k: v for k, v in state.items() if k in states[0]} for state in states))
+    path = discover(families.build("llama")).blocks[-1].mlp.writer.path
+    errors = {}
+    for how in ("none", "follow"):
+        model, attachment, decision, _ = compensated(how)
+        dense = families.with_lora(families.build("llama"))
+        attachment.set_masks(decision)
+        errors[how] = families.relative_error(*(written(m, path) for m in (model, dense)))
+    assert errors["follow"] < 0.95 * errors["none"]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
@@ -68,7 +105,7 @@ def test_a_norm_after_the_writer_gives_the_stream_what_it_lacks(family: str) -> 
     hidden = discover(model).hidden_size
     norm = block.post_attention_layernorm
     torch.nn.init.uniform_(norm.weight, 0.5, 1.5, generator=generator)
-    way = propagation._Way(torch.nn.Identity(), norm, factor=0.5)
+    way = propagation._Way(norm, torch.nn.Identity(), norm, factor=0.5, beside=None)
     written = torch.randn(2, 5, hidden, generator=generator)
     missing = 1e-3 * torch.randn(2, 5, hidden, generator=generator)
     with torch.no_grad():
@@ -87,7 +124,7 @@ def test_a_channel_that_the_norm_shuts_is_asked_for_nothing() -> None:
     with torch.no_grad():
         norm.weight[3] = 0.0
     written = torch.ones(1, 1, 8)
-    wanted, _ = propagation._Way(torch.nn.Identity(), norm, 1.0).wanted(written, torch.ones(1, 1, 8))
+    wanted, _ = propagation._Way(norm, torch.nn.Identity(), norm, 1.0, None).wanted(written, torch.ones(1, 1, 8))
     assert wanted[0, 0, 3] == 1.0
     assert torch.isfinite(wanted).all()
 
@@ -108,11 +145,14 @@ def test_the_last_writer_solves_the_normal_equations(monkeypatch) -> None:
     assert left.norm() <= 1e-3 * x.norm() * (dense - stream).norm()
 
 
-def test_a_strong_prior_leaves_what_refitting_gave(monkeypatch) -> None:
+def test_a_strong_prior_leaves_layers_as_they_were(monkeypatch) -> None:
     monkeypatch.setattr(propagation, "PRIOR", 1e9)
-    states = [dict(compensated(how)[3].state()) for how in ("weights", "follow")]
-    for name, weight in states[0].items():
-        assert families.relative_error(states[1][name], weight) <= 1e-5, name
+    untouched = families.with_lora(families.build("llama")).state_dict()
+    changed = {k.rsplit(".", 1)[0]: v for k, v in compensated("follow")[3].state().items()}
+    assert changed
+    for path, weight in changed.items():
+        (name,) = (k for k in untouched if k.endswith((f"{path}.base_layer.weight", f"{path}.weight")))
+        assert families.relative_error(weight, untouched[name]) <= 1e-5, name
 
 
 def test_first_tokens_that_the_refit_has_seen_keep_what_the_dense_model_does_with_them() -> None:
