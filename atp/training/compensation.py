@@ -1,8 +1,8 @@
 """Compensation: what a final decision leaves is made to stand in for what it takes, before LoRA goes on.
 
 weights   every layer whose inputs are pruned: its kept columns refitted in the least-squares sense (`criteria.surgeon`)
-follow    the same; of the final decision from the weights as they were at first, writers once more, block by block, so
-          that the pruned stream follows the dense one (`training.propagation`)
+follow    the same; of the final decision from the weights as they were at first, and writers block by block, so that
+          the pruned stream follows the dense one (`training.propagation`)
 bias      the mean of what pruned inputs contributed goes into the layer's bias (FLAP, arXiv 2312.11983)
 
 The base weights of those layers change, so they are part of a run's saved state. Not covered: what pruned rows wrote
