@@ -82,7 +82,7 @@ class Attachment:
     @contextmanager
     def lifted(self, paths: Iterable[str] | None = None) -> Iterator[None]:
         """Within it layers (of `paths`, or all) compute all they hold, without masks; these are then as they were."""
-        modules = {path: self.modules[path] for path in paths or self.modules}
+        modules = {path: self.modules[path] for path in (self.modules if paths is None else paths)}
         masked = {path: masks_of(module) for path, module in modules.items() if is_masked(module)}
         for path in masked:
             unmask_linear(self.modules[path])

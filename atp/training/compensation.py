@@ -174,7 +174,8 @@ class Compensation:
     @contextmanager
     def undone(self, paths: Iterable[str] | None = None) -> Iterator[None]:
         """Within it, changed layers (of `paths`, or all) hold what they held at first."""
-        bases = {path: base_layer(self._attachment.modules[path]) for path in paths or self._applied}
+        paths = self._applied if paths is None else paths
+        bases = {path: base_layer(self._attachment.modules[path]) for path in paths}
         changed = {path: getattr(base, self._tensor) for path, base in bases.items() if path in self._applied}
         for path in changed:
             setattr(bases[path], self._tensor, self._original(path, bases[path].weight.device))

@@ -34,21 +34,17 @@ def compensated(
 
 def last_stream(model: torch.nn.Module, batches: list = IDS) -> torch.Tensor:
     """What the last block gives, before the final norm."""
+    return outputs(model, discover(model).blocks[-1].path, batches)
+
+
+def outputs(model: torch.nn.Module, path: str, batches: list = IDS) -> torch.Tensor:
+    """What a module gives, of all batches."""
     found = []
-    block = causal_lm(model).get_submodule(discover(model).blocks[-1].path)
-    handle = block.register_forward_hook(lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y))
+    module = causal_lm(model).get_submodule(path)
+    handle = module.register_forward_hook(lambda _m, _a, y: found.append(y[0] if isinstance(y, tuple) else y))
     with torch.no_grad():
         for ids in batches:
             model(input_ids=ids)
-    handle.remove()
-    return torch.cat(found)
-
-
-def written(model: torch.nn.Module, path: str) -> torch.Tensor:
-    """What a layer writes."""
-    found = []
-    handle = causal_lm(model).get_submodule(path).register_forward_hook(lambda _m, _a, y: found.append(y.detach()))
-    last_stream(model)
     handle.remove()
     return torch.cat(found)
 
@@ -93,7 +89,7 @@ def test_where_blocks_do_more_than_add_writers_give_what_the_dense_ones_do(monke
         model, attachment, decision, _ = compensated(how)
         dense = families.with_lora(families.build("llama"))
         attachment.set_masks(decision)
-        errors[how] = families.relative_error(*(written(m, path) for m in (model, dense)))
+        errors[how] = families.relative_error(*(outputs(m, path) for m in (model, dense)))
     assert errors["follow"] < 0.95 * errors["none"]
 
 
