@@ -69,9 +69,10 @@ class ATPConfig:
             it: `init` then decides on weights that have begun to know the domain.
         freeze_at: share of the training steps after which the decision is final, in [0, 1].
         compensate: what the final decision leaves stands in for what it takes: `"weights"` refits kept columns in the
-            least-squares sense, each layer by itself, `"follow"` refits writers block by block instead, so that the
-            pruned stream follows the dense one, `"bias"` adds the mean of what is lost (FLAP's way), `"none"` does
-            nothing, `"auto"` is `"follow"` where base weights are floating point and `"none"` where they are quantised.
+            least-squares sense, each layer by itself, `"follow"` refits writers and the MLPs' readers block by
+            block instead, so that the pruned stream follows the dense one, `"bias"` adds the mean of what is lost
+            (FLAP's way), `"none"` does nothing, `"auto"` is `"follow"` where base weights are floating point
+            and `"none"` where they are quantised.
         on_budget: project every hard decision onto the budget, not only the frozen one.
         budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)).
         budget_ramp: share of the steps before the freeze over which the budget grows from nothing to `sparsity`

@@ -1,8 +1,8 @@
 """Compensation: what a final decision leaves is made to stand in for what it takes, before LoRA goes on.
 
 weights   every layer whose inputs are pruned: its kept columns refitted in the least-squares sense (`criteria.surgeon`)
-follow    the same; of the final decision from the weights as they were at first, and writers block by block, so that
-          the pruned stream follows the dense one (`training.propagation`)
+follow    the same; of the final decision from the weights as they were at first, and writers and the MLPs' readers
+          block by block, so that the pruned stream follows the dense one (`training.propagation`)
 bias      the mean of what pruned inputs contributed goes into the layer's bias (FLAP, arXiv 2312.11983)
 
 The base weights of those layers change, so they are part of a run's saved state. Not covered: what pruned rows wrote
@@ -37,7 +37,7 @@ class Compensation:
         forward: runs the model on one batch, under the masks as they are.
         batches: what it measures on.
         at_hand: keep what layers held at first where they compute, not on the CPU, for `undone` at every step.
-        compact: compute only what is kept while writers are refitted, where layers are plain.
+        compact: compute only what is kept while the stream is followed, where layers are plain.
 
     Attributes:
         final_batches: what it measures on when nothing more will go; `batches` unless set.
@@ -64,7 +64,9 @@ class Compensation:
         blocks = attachment.space.structure.blocks
         writing = {path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)}
         self._writers = [path for path in self._linears if path in writing]
-        quantised = [path for path in self._linears if is_quantised(base_layer(attachment.modules[path]))]
+        self._mlp_readers = [reader.path for block in blocks for reader in block.mlp.readers]
+        changing = (*self._linears, *self._mlp_readers)
+        quantised = [path for path in changing if is_quantised(base_layer(attachment.modules[path]))]
         if how in _REFITS and quantised:
             raise UnsupportedModelError(
                 f"compensate={how!r} cannot rewrite {quantised[0]}: its weight is quantised: use 'bias' or 'auto'"
@@ -82,8 +84,8 @@ class Compensation:
             decision: what is left from now on.
             before: what was left, and has been compensated for already; `decision` is a part of it. Where it is
                 everything, whatever an earlier call made of the weights is undone first.
-            final: whether nothing more will go; only then do writers follow the dense stream, and `before` does not
-                matter to `"follow"`, which begins with the weights as they were at first.
+            final: whether nothing more will go; only then does the pruned stream follow the dense one, and `before`
+                does not matter to `"follow"`, which begins with the weights as they were at first.
         """
         if self.how == "none":
             return
@@ -111,7 +113,7 @@ class Compensation:
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
         if follows:
-            self._claim(writers)
+            self._claim((*writers, *self._mlp_readers))
             with self._masks(decision):
                 kept = {path: keep[path] for path in writers}
                 follow(self._attachment, kept, self._dense_block, self._forward, batches, self._compact)

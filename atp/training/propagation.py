@@ -7,12 +7,13 @@ before it (the global propagation of Shin et al., EMNLP 2024):
     minimise over W   mean |W x - t|^2 + PRIOR * median(diag mean x xᵀ) * |W - W0|^2,    W0: as it was at first
 
 Where an RMS norm reads what the layer writes (Gemma 2 and 3, OLMo 2), t is what the norm must be given, to first order
-at the dense model's root mean square. Only writers are refitted. Where a block's output is more than its input and what
-attention and MLP bring to it, t is what the dense layer writes and no more. Held for all calibration rows: two streams
-and, within a block, what both writers write, the dense stream before them, and what is read.
+at the dense model's root mean square. Readers of MLPs are refitted too, for the same target (`refitting`). Where a
+block's output is more than its input and what attention and MLP bring to it, t is what the dense layer writes and no
+more. Held for all calibration rows: two streams and, within a block, what both writers write, the dense stream before
+them, and what is read.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,14 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from atp.criteria.statistics import Batches, removed_after
-from atp.criteria.surgeon import typical
 from atp.layers import Attachment
 from atp.structure.discovery import Block
-from atp.structure.live import adapter_delta, base_layer
-
-PRIOR = 0.3
-"""Pull towards the layer as it was, relative to what a typical input holds. SmolLM2-135M, 40 % of width, 64 rows and
-1,024 one-token inputs, nats a token: 3.193 at 0.1, 3.175 at 0.3, 3.180 at 1."""
+from atp.training.passes import EnoughError, first_output, inputs_of, outputs_of
+from atp.training.refitting import refit_readers, refit_writer
 
 ADDITIVE = 2e-2
 """A block counts as additive where its output is the sum up to this relative error (bfloat16 has 4e-3)."""
@@ -85,10 +82,6 @@ class _Way:
         return _forwards_replaced([self.module], lambda _index, _own: lambda *_args, **_kwargs: output)
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass that has been seen as far as it is needed."""
-
-
 @torch.no_grad()
 def follow(
     attachment: Attachment,
@@ -139,24 +132,26 @@ def _follow_block(
         for stream, whole, written in zip(streams, dense, by_writer, strict=True):
             yield way.wanted(written, whole - stream.pruned if additive else torch.zeros_like(whole))
 
-    read = [_inputs(module, attention.writer, s.pruned, s.calls[index]) for s in streams]
+    read = [inputs_of(attention.writer, module, s.pruned, *s.calls[index]) for s in streams]
     if (keep := writers.get(block.attention.writer.path)) is not None:
-        _refit(attention.writer, keep, read, wanted(attention, by_attention))
+        refit_writer(attention.writer, keep, read, wanted(attention, by_attention))
     for i, stream in enumerate(streams):
         written = attention.writer(read[i])
         with attention.gives(written):
-            read[i] = _inputs(module, mlp.writer, stream.pruned, stream.calls[index])
+            read[i] = inputs_of(mlp.module, module, stream.pruned, *stream.calls[index])
         if additive:
             stream.pruned = stream.pruned + attention.brings(written)
             dense[i] = dense[i] + attention.brings(by_attention[i])
     by_attention.clear()
     if (keep := writers.get(block.mlp.writer.path)) is not None:
-        _refit(mlp.writer, keep, read, wanted(mlp, by_mlp))
+        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp))
+        read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
+        refit_writer(mlp.writer, keep, read, wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):
         if additive:
             stream.pruned = stream.pruned + mlp.brings(mlp.writer(x))
         else:
-            stream.pruned = _call(module, stream.pruned, stream.calls[index])
+            stream.pruned = first_output(module, stream.pruned, *stream.calls[index])
 
 
 def _dense_pass(
@@ -172,8 +167,8 @@ def _dense_pass(
     by_mlp: list[Tensor] = []
     additive = True
     for stream in streams:
-        with _outputs(attention.writer) as o, _outputs(mlp.writer) as g:
-            after = _call(module, stream.dense, stream.calls[index])
+        with outputs_of(attention.writer) as o, outputs_of(mlp.writer) as g:
+            after = first_output(module, stream.dense, *stream.calls[index])
         off = stream.dense + attention.brings(o[0]) + mlp.brings(g[0]) - after
         additive &= bool(off.norm() <= ADDITIVE * after.norm())
         by_attention += o
@@ -195,8 +190,8 @@ def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Strea
         reads.append((norm, args[0]))
 
     with removed_after([norm.register_forward_hook(hook) for norm in norms]), ExitStack() as hooks:
-        seen = [[hooks.enter_context(_outputs(layer)) for layer in part] for part in parts]
-        _call(module, stream.dense, stream.calls[block.index])
+        seen = [[hooks.enter_context(outputs_of(layer)) for layer in part] for part in parts]
+        first_output(module, stream.dense, *stream.calls[block.index])
 
     def way(part: tuple[nn.Module, nn.Module], output: Any, written: Tensor) -> _Way:
         norm = next((norm for norm, x in reads if x is written), None)
@@ -209,29 +204,6 @@ def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Strea
 def _is_rms_norm(module: nn.Module, hidden: int) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.shape == (hidden,) and getattr(module, "bias", None) is None
-
-
-def _refit(
-    module: nn.Module, keep: Tensor, inputs: Iterable[Tensor], wanted: Iterable[tuple[Tensor, Tensor | None]]
-) -> None:
-    """Refit kept columns to batches of inputs, all or the kept ones, of wanted outputs, and of tokens' weights."""
-    base = base_layer(module)
-    device, delta = base.weight.device, adapter_delta(module)
-    kept = torch.nonzero(keep).flatten().to(device)
-    start = (base.weight.float() + delta)[:, kept]
-    gram = torch.zeros(len(kept), len(kept), device=device)
-    missing = torch.zeros(len(kept), len(start), device=device)
-    bias = 0.0 if base.bias is None else base.bias.float()
-    for x, (target, weight) in zip(inputs, wanted, strict=True):
-        x = x.flatten(0, -2).float()
-        x = x if x.shape[-1] == len(kept) else x[:, kept]
-        off = target.flatten(0, -2).float() - bias - x @ start.T
-        if weight is not None:
-            x, off = x * weight.flatten(0, -2), off * weight.flatten(0, -2)
-        gram.addmm_(x.T, x)
-        missing.addmm_(x.T, off)
-    gram.diagonal().add_(PRIOR * typical(gram))
-    base.weight[:, kept] += torch.linalg.solve(gram, missing).T.to(base.weight.dtype)
 
 
 def _capture(
@@ -254,7 +226,7 @@ def _capture(
                 precision = _autocast_as_now(hidden.device.type)
             streams[-1].calls.append((args, {k: _PER_CALL.get(k, v) for k, v in kwargs.items()}))
             if index == len(blocks) - 1:
-                raise _EnoughError
+                raise EnoughError
             if index in in_tuple:
                 return (hidden,) if in_tuple[index] else hidden
             output = own(hidden, *args, **kwargs)
@@ -265,7 +237,7 @@ def _capture(
 
     with _forwards_replaced(blocks, recording):
         for batch in batches:
-            with suppress(_EnoughError):
+            with suppress(EnoughError):
                 forward(batch)
     return streams, precision
 
@@ -290,29 +262,3 @@ def _autocast_as_now(device: str) -> Callable[[], AbstractContextManager]:
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)
     return lambda: torch.autocast(device, dtype) if enabled else nullcontext()
-
-
-def _call(module: nn.Module, hidden: Tensor, call: tuple[tuple, dict[str, Any]]) -> Tensor:
-    args, kwargs = call
-    output = module(hidden, *args, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _inputs(module: nn.Module, layer: nn.Module, hidden: Tensor, call: tuple[tuple, dict[str, Any]]) -> Tensor:
-    """What `layer` reads while its block runs on `hidden`; the block runs no further."""
-    found: list[Tensor] = []
-
-    def hook(_layer: nn.Module, args: tuple) -> None:
-        found.append(args[0])
-        raise _EnoughError
-
-    with removed_after([layer.register_forward_pre_hook(hook)]), suppress(_EnoughError):
-        _call(module, hidden, call)
-    return found[0]
-
-
-@contextmanager
-def _outputs(layer: nn.Module) -> Iterator[list[Any]]:
-    found: list[Any] = []
-    with removed_after([layer.register_forward_hook(lambda _layer, _args, output: found.append(output))]):
-        yield found

@@ -8,7 +8,7 @@ from atp.layers import attach
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.space import build_space
-from atp.training import propagation
+from atp.training import propagation, refitting
 from atp.training.compensation import Compensation
 from tests import families, runs
 from tests.export.cases import random_masks
@@ -126,7 +126,7 @@ def test_a_channel_that_the_norm_shuts_is_asked_for_nothing() -> None:
 
 
 def test_the_last_writer_solves_the_normal_equations(monkeypatch) -> None:
-    monkeypatch.setattr(propagation, "PRIOR", 1e-6)
+    monkeypatch.setattr(refitting, "PRIOR", 1e-6)
     model, attachment, decision, _ = compensated("follow")
     dense = last_stream(families.with_lora(families.build("llama"))).double().flatten(0, 1)
     attachment.set_masks(decision)
@@ -142,7 +142,8 @@ def test_the_last_writer_solves_the_normal_equations(monkeypatch) -> None:
 
 
 def test_a_strong_prior_leaves_layers_as_they_were(monkeypatch) -> None:
-    monkeypatch.setattr(propagation, "PRIOR", 1e9)
+    monkeypatch.setattr(refitting, "PRIOR", 1e9)
+    monkeypatch.setattr(refitting, "READER_PRIOR", 1e9)
     untouched = families.with_lora(families.build("llama")).state_dict()
     changed = {k.rsplit(".", 1)[0]: v for k, v in compensated("follow")[3].state().items()}
     assert changed

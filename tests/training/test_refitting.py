@@ -1,0 +1,124 @@
+"""Refitting. Oracles: least squares in float64 over the whole Jacobian; finite differences; writers refitted alone."""
+
+import pytest
+import torch
+
+from atp.layers import attach
+from atp.structure.discovery import discover
+from atp.structure.live import base_layer
+from atp.structure.space import build_space
+from atp.training import propagation, refitting
+from atp.training.refitting import KeptMLP, _reader_change, _slopes, _Tokens
+from tests import families
+from tests.export.cases import random_masks
+from tests.training.test_propagation import EVERYWHERE, compensated, last_stream
+
+
+def kept_mlp(family: str, space: str = "width") -> tuple:
+    """The first MLP of a tiny model under masks that keep 0.7 of everything."""
+    model = families.with_lora(families.build(family))
+    table = build_space(discover(model), space)
+    attachment = attach(model, table)
+    attachment.set_masks(random_masks(table, 0.3))
+    mlp = table.structure.blocks[0].mlp
+    return attachment, mlp, KeptMLP.of(attachment, mlp)
+
+
+def entering(rows: int = 3, tokens: int = 7, hidden: int = 48) -> torch.Tensor:
+    return torch.randn(rows, tokens, hidden, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_change_of_readers_is_the_least_squares_one(monkeypatch) -> None:
+    """Oracle: ridge regression on the Jacobian of all outputs by all weights, in float64."""
+    readers, channels, inputs, out, tokens = 2, 5, 4, 6, 30
+    random = torch.Generator().manual_seed(0)
+    a = torch.randn(readers, tokens, channels, generator=random)
+    x, missing = torch.randn(tokens, inputs, generator=random), torch.randn(tokens, out, generator=random)
+    columns = torch.randn(out, channels, generator=random)
+    monkeypatch.setattr(refitting, "READER_PRIOR", 1e-6)
+    monkeypatch.setattr(refitting, "READER_STEPS", 200)
+    halves = [_Tokens(x[part], a[:, part], missing[part]) for part in (slice(0, 11), slice(11, tokens))]
+    jacobian = torch.einsum("oc,rtc,ti->torci", columns, a, x).reshape(tokens * out, -1).double()
+    best = torch.linalg.lstsq(jacobian, missing.reshape(-1, 1).double()).solution
+    assert families.relative_error(_reader_change(halves, columns).reshape(-1, 1).double(), best) <= 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_gradient_step_leaves_less(steps: int, monkeypatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    a, x = torch.randn(2, 40, 9, generator=random), torch.randn(40, 8, generator=random)
+    missing, columns = torch.randn(40, 5, generator=random), torch.randn(5, 9, generator=random)
+
+    def left(count: int) -> float:
+        monkeypatch.setattr(refitting, "READER_STEPS", count)
+        change = _reader_change([_Tokens(x, a, missing)], columns)
+        return (missing - ((x @ change.mT) * a).sum(0) @ columns.T).square().sum().item()
+
+    assert left(steps) < left(steps - 1)
+
+
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_slopes_are_those_of_each_channel_by_its_own_readers(family: str) -> None:
+    """Oracle: what a kept channel gives where the row of a reader that makes it has been moved a little."""
+    attachment, mlp, kept = kept_mlp(family)
+    x = entering()
+    far = 1e-3 * torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1))
+    with attachment.lifted([reader.path for reader in mlp.readers]), torch.no_grad():
+        hidden, slopes = _slopes(kept, x)
+        for reader, slope in zip(kept.readers, slopes, strict=True):
+            reader.add(far.expand(len(kept.channels), -1))
+            moved = kept.hidden(x)
+            reader.add(-far.expand(len(kept.channels), -1))
+            expected = slope * (x @ far)[..., None]
+            assert families.relative_error(moved - hidden, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_the_stream_is_followed_better_than_with_writers_alone(family: str, space: str, monkeypatch) -> None:
+    dense = last_stream(families.with_lora(families.build(family)))
+    errors = []
+    for readers_too in (False, True):
+        if not readers_too:
+            monkeypatch.setattr(propagation, "refit_readers", lambda *_args: None)
+        model, attachment, decision, _ = compensated("follow", family, space)
+        monkeypatch.undo()
+        attachment.set_masks(decision)
+        errors.append(families.relative_error(last_stream(model), dense))
+    assert errors[1] < 0.99 * errors[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2"])
+def test_rows_of_channels_that_stay_are_refitted_and_no_others(family: str) -> None:
+    _, attachment, decision, compensation = compensated("follow", family)
+    readers = {reader.path for block in attachment.space.structure.blocks for reader in block.mlp.readers}
+    with compensation.undone():
+        before = {path: base_layer(attachment.modules[path]).weight.clone() for path in readers}
+    for linear in attachment.space.linears:
+        if linear.path in readers:
+            moved = base_layer(attachment.modules[linear.path]).weight - before[linear.path]
+            stays = decision[linear.rows.set][linear.rows.owner] > 0
+            assert torch.equal(moved.any(dim=1), stays), linear.path
+
+
+def test_a_change_that_does_not_help_is_not_made(monkeypatch) -> None:
+    attachment, mlp, kept = kept_mlp("llama")
+    before = {reader.layer: base_layer(reader.layer).weight.clone() for reader in kept.readers}
+    monkeypatch.setattr(refitting, "_reader_change", lambda tokens, columns: [torch.full((1, 1), 1e3)] * 2)
+    x = entering()
+    refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)])
+    for layer, weight in before.items():
+        assert torch.equal(base_layer(layer).weight, weight)
+
+
+def test_readers_are_refitted_on_a_draw_and_writers_on_all(monkeypatch) -> None:
+    attachment, mlp, kept = kept_mlp("llama")
+    seen = []
+    own = refitting._reader_change
+    monkeypatch.setattr(refitting, "READER_TOKENS", 2)
+    monkeypatch.setattr(
+        refitting, "_reader_change", lambda tokens, columns: (seen.extend(tokens), own(tokens, columns))[1]
+    )
+    batches = [entering(rows=8, tokens=16) for _ in range(4)]
+    refitting.refit_readers(attachment, mlp, batches, lambda: [(x, None) for x in batches])
+    assert abs(sum(len(t.inputs) for t in seen) - 2 * len(kept.channels)) <= len(batches)
