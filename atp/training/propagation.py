@@ -91,12 +91,12 @@ def follow(
     batches: Batches,
     compact: bool = True,
 ) -> None:
-    """Refit `writers` in place, block after block.
+    """Refit `writers` and the MLPs' readers in place, block after block.
 
     Args:
         attachment: under the masks that are final.
-        writers: the layers to be refitted, by path, as they were at first, and which of their inputs stay, bool,
-            `(in_features,)`.
+        writers: writers that lose inputs, the MLPs' among them, by path, and which of their inputs stay, bool,
+            `(in_features,)`; they and the MLPs' readers hold what they held at first.
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
         compact: compute only what is kept, where layers are plain; they do so until masks are set.
@@ -143,10 +143,9 @@ def _follow_block(
             stream.pruned = stream.pruned + attention.brings(written)
             dense[i] = dense[i] + attention.brings(by_attention[i])
     by_attention.clear()
-    if (keep := writers.get(block.mlp.writer.path)) is not None:
-        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp))
-        read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
-        refit_writer(mlp.writer, keep, read, wanted(mlp, by_mlp))
+    refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp))
+    read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
+    refit_writer(mlp.writer, writers[block.mlp.writer.path], read, wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):
         if additive:
             stream.pruned = stream.pruned + mlp.brings(mlp.writer(x))

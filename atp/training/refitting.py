@@ -12,8 +12,9 @@ linear, so the step is halved until the output lacks less, or not taken.
 Not covered: attention's readers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,15 @@ class KeptMLP:
         return _of_kept(inputs_of(self.writer, self.module, x), self.channels)
 
 
-@dataclass(eq=False)
+class _Drawn(NamedTuple):
+    """What enters the MLP, what its writer should write, `(1, tokens, features)`, and what each token counts."""
+
+    x: Tensor
+    target: Tensor
+    weight: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class _Tokens:
     """What readers read, `(tokens, inputs)`, a, `(readers, tokens, channels)`, and m, `(tokens, out)`, of one batch."""
 
@@ -139,39 +148,45 @@ def refit_readers(attachment: Attachment, mlp: MLP, entering: list[Tensor], want
         wanted: what its writer should write.
     """
     kept = KeptMLP.of(attachment, mlp)
-    drawn = [
-        (x * kept.inputs.to(x.dtype), target, weight)
-        for x, target, weight in _drawn(entering, wanted(), READER_TOKENS * len(kept.channels))
-    ]
+    drawn = list(_drawn(kept, entering, wanted()))
     with attachment.lifted([reader.path for reader in mlp.readers]):  # compact layers would not see new weights
-        hidden, slopes = zip(*(_slopes(kept, x) for x, _, _ in drawn), strict=True)
-        change = _writer_change(kept.writer, kept.channels, hidden, ((target, weight) for _, target, weight in drawn))
-        columns = _effective(kept.writer)[:, kept.channels] + change
-
-        def missing(hidden: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-            bias = base_layer(kept.writer).bias
-            off = target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
-            return (off * kept.outputs * (1.0 if weight is None else weight)).flatten(0, -2)
+        hidden, slopes = zip(*(_slopes(kept, d.x) for d in drawn), strict=True)
+        columns = _effective(kept.writer)[:, kept.channels]
+        columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((d.target, d.weight) for d in drawn))
+        missing = [_missing(kept, columns, h, d) for h, d in zip(hidden, drawn, strict=True)]
+        tokens = [
+            _Tokens(d.x.flatten(0, -2).float(), (a if d.weight is None else a * d.weight).flatten(1, -2), m)
+            for d, a, m in zip(drawn, slopes, missing, strict=True)
+        ]
+        change = _reader_change(tokens, columns * kept.outputs[:, None])
 
         def error() -> float:
-            found = [missing(kept.hidden(x), target, weight) for x, target, weight in drawn]
-            return torch.stack([off.square().sum() for off in found]).sum().item()
+            return _size(_missing(kept, columns, kept.hidden(d.x), d) for d in drawn)
 
-        tokens = []
-        for (x, target, weight), gives, a in zip(drawn, hidden, slopes, strict=True):
-            a = a if weight is None else a * weight
-            tokens.append(_Tokens(x.flatten(0, -2).float(), a.flatten(1, -2), missing(gives, target, weight)))
-        was = torch.stack([t.missing.square().sum() for t in tokens]).sum().item()
-        change = _reader_change(tokens, columns * kept.outputs[:, None])
-        del tokens, hidden, slopes
-        before = {reader.layer: base_layer(reader.layer).weight.clone() for reader in kept.readers}
-        for size in STEP_SIZES:
-            for reader, part in zip(kept.readers, change, strict=True):
-                reader.add(size * part)
-            if error() < was:
-                return
-            for layer, weight in before.items():
-                base_layer(layer).weight.copy_(weight)
+        _step(kept.readers, change, _size(missing), error)
+
+
+def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error: Callable[[], float]) -> None:
+    """Take the largest of `STEP_SIZES` that makes `error()` less than it was, or none."""
+    before = {reader.layer: base_layer(reader.layer).weight.clone() for reader in readers}
+    for size in STEP_SIZES:
+        for reader, part in zip(readers, change, strict=True):
+            reader.add(size * part)
+        if error() < was:
+            return
+        for layer, weight in before.items():
+            base_layer(layer).weight.copy_(weight)
+
+
+def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, drawn: _Drawn) -> Tensor:
+    """m, `(tokens, out_features)`, with `columns` for the writer's."""
+    bias = base_layer(kept.writer).bias
+    off = drawn.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
+    return (off * kept.outputs * (1.0 if drawn.weight is None else drawn.weight)).flatten(0, -2)
+
+
+def _size(missing: Iterable[Tensor]) -> float:
+    return torch.stack([off.square().sum() for off in missing]).sum().item()
 
 
 def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wanted: Wanted) -> Tensor:
@@ -191,15 +206,15 @@ def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wa
     return torch.linalg.solve(gram, missing).T
 
 
-def _drawn(entering: list[Tensor], wanted: Wanted, tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """About `tokens` of all, the same share of each batch: what enters, `(1, drawn, hidden_size)`, and is wanted."""
-    share = tokens / sum(x.shape[:-1].numel() for x in entering)
+def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> Iterator[_Drawn]:
+    """The same share of each batch, `READER_TOKENS` a channel in all where there are as many."""
+    share = READER_TOKENS * len(kept.channels) / sum(x.shape[:-1].numel() for x in entering)
     random = torch.Generator().manual_seed(0)
     for x, (target, weight) in zip(entering, wanted, strict=True):
         count = x.shape[:-1].numel()
         order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(x.device)
-        x, target = (t.flatten(0, -2)[order][None] for t in (x, target))
-        yield x, target, None if weight is None else weight.flatten(0, -2)[order][None]
+        x, target = (t.flatten(0, -2)[order][None] for t in (x * kept.inputs.to(x.dtype), target))
+        yield _Drawn(x, target, None if weight is None else weight.flatten(0, -2)[order][None])
 
 
 def _slopes(kept: KeptMLP, x: Tensor) -> tuple[Tensor, Tensor]:
