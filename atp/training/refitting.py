@@ -12,8 +12,9 @@ linear, so the step is halved until the output lacks less, or not taken.
 Not covered: attention's readers.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -37,8 +38,11 @@ READER_PRIOR = 0.3
 READER_STEPS = 3
 """Conjugate gradients."""
 
-READER_TOKENS = 32
+READER_TOKENS = 16
 """Tokens a kept channel that readers are refitted on, drawn from all; writers see all."""
+
+AT_ONCE = 4096
+"""Tokens of them that pass through the MLP together."""
 
 STEP_SIZES = (1.0, 0.5, 0.25)
 
@@ -113,7 +117,7 @@ class _Drawn(NamedTuple):
 
     x: Tensor
     target: Tensor
-    weight: Tensor | None
+    weight: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +152,14 @@ def refit_readers(attachment: Attachment, mlp: MLP, entering: list[Tensor], want
         wanted: what its writer should write.
     """
     kept = KeptMLP.of(attachment, mlp)
-    drawn = list(_drawn(kept, entering, wanted()))
+    drawn = _drawn(kept, entering, wanted())
     with attachment.lifted([reader.path for reader in mlp.readers]):  # compact layers would not see new weights
         hidden, slopes = zip(*(_slopes(kept, d.x) for d in drawn), strict=True)
         columns = _effective(kept.writer)[:, kept.channels]
         columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((d.target, d.weight) for d in drawn))
         missing = [_missing(kept, columns, h, d) for h, d in zip(hidden, drawn, strict=True)]
         tokens = [
-            _Tokens(d.x.flatten(0, -2).float(), (a if d.weight is None else a * d.weight).flatten(1, -2), m)
+            _Tokens(d.x.flatten(0, -2).float(), (a * d.weight).flatten(1, -2), m)
             for d, a, m in zip(drawn, slopes, missing, strict=True)
         ]
         change = _reader_change(tokens, columns * kept.outputs[:, None])
@@ -182,11 +186,11 @@ def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, drawn: _Drawn) -> T
     """m, `(tokens, out_features)`, with `columns` for the writer's."""
     bias = base_layer(kept.writer).bias
     off = drawn.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
-    return (off * kept.outputs * (1.0 if drawn.weight is None else drawn.weight)).flatten(0, -2)
+    return (off * kept.outputs * drawn.weight).flatten(0, -2)
 
 
 def _size(missing: Iterable[Tensor]) -> float:
-    return torch.stack([off.square().sum() for off in missing]).sum().item()
+    return _sum(off.square().sum() for off in missing).item()
 
 
 def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wanted: Wanted) -> Tensor:
@@ -206,15 +210,18 @@ def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wa
     return torch.linalg.solve(gram, missing).T
 
 
-def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> Iterator[_Drawn]:
-    """The same share of each batch, `READER_TOKENS` a channel in all where there are as many."""
+def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> list[_Drawn]:
+    """The same share of each batch, `READER_TOKENS` a channel in all where there are as many, `AT_ONCE` at a time."""
     share = READER_TOKENS * len(kept.channels) / sum(x.shape[:-1].numel() for x in entering)
     random = torch.Generator().manual_seed(0)
+    parts: list[tuple[Tensor, ...]] = []
     for x, (target, weight) in zip(entering, wanted, strict=True):
         count = x.shape[:-1].numel()
         order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(x.device)
-        x, target = (t.flatten(0, -2)[order][None] for t in (x * kept.inputs.to(x.dtype), target))
-        yield _Drawn(x, target, None if weight is None else weight.flatten(0, -2)[order][None])
+        weight = x.new_ones(count, 1) if weight is None else weight
+        parts.append(tuple(t.flatten(0, -2)[order] for t in (x * kept.inputs.to(x.dtype), target, weight)))
+    chunks = zip(*(torch.cat(part).split(AT_ONCE) for part in zip(*parts, strict=True)), strict=True)
+    return [_Drawn(*(t[None] for t in chunk)) for chunk in chunks]
 
 
 def _slopes(kept: KeptMLP, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,8 +244,8 @@ def _reader_change(tokens: list[_Tokens], columns: Tensor) -> Tensor:
     """V, `(readers, channels, inputs)`."""
     count = sum(len(t.inputs) for t in tokens)
     together = columns.T @ columns
-    read = torch.stack([t.inputs.T @ t.inputs for t in tokens]).sum(0) / count
-    effect = together * torch.stack([t.slopes.mT @ t.slopes for t in tokens]).sum(0) / count
+    read = _sum(t.inputs.T @ t.inputs for t in tokens) / count
+    effect = together * _sum(t.slopes.mT @ t.slopes for t in tokens) / count
     typically = torch.stack([typical(e) for e in effect])[:, None, None]
     pull = READER_PRIOR * count * typical(read) * typically
     by_inputs = torch.linalg.inv(_damped(read, typical(read))) / count
@@ -251,7 +258,7 @@ def _reader_change(tokens: list[_Tokens], columns: Tensor) -> Tensor:
             found += ((written @ together) * t.slopes).mT @ t.inputs
         return found
 
-    left = torch.stack([((t.missing @ columns) * t.slopes).mT @ t.inputs for t in tokens]).sum(0)
+    left = _sum(((t.missing @ columns) * t.slopes).mT @ t.inputs for t in tokens)
     change = torch.zeros_like(left)
     towards = by_channels @ left @ by_inputs
     along, steepness = towards, (left * towards).sum()
@@ -264,6 +271,10 @@ def _reader_change(tokens: list[_Tokens], columns: Tensor) -> Tensor:
         before, steepness = steepness, (left * towards).sum()
         along = towards + steepness / before.clamp_min(torch.finfo(image.dtype).tiny) * along
     return change
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def _damped(matrix: Tensor, size: Tensor) -> Tensor:

@@ -122,3 +122,12 @@ def test_readers_are_refitted_on_a_draw_and_writers_on_all(monkeypatch) -> None:
     batches = [entering(rows=8, tokens=16) for _ in range(4)]
     refitting.refit_readers(attachment, mlp, batches, lambda: [(x, None) for x in batches])
     assert abs(sum(len(t.inputs) for t in seen) - 2 * len(kept.channels)) <= len(batches)
+
+
+def test_how_many_tokens_pass_at_once_does_not_matter(monkeypatch) -> None:
+    found = []
+    for at_once in (4096, 10):
+        monkeypatch.setattr(refitting, "AT_ONCE", at_once)
+        found.append(dict(compensated("follow", "gemma3")[3].state()))
+    for name, weight in found[0].items():
+        assert families.relative_error(found[1][name], weight) <= 1e-3, name
