@@ -36,7 +36,7 @@ READER_PRIOR = 0.3
 """Likewise of a reader, relative to what a typical input holds times what a typical channel does."""
 
 READER_STEPS = 3
-"""Conjugate gradients."""
+"""Conjugate gradients. As above, with all tokens for readers: 3.127 at 3, 3.118 at 8, 3.175 with writers only."""
 
 READER_TOKENS = 16
 """Tokens a kept channel that readers are refitted on, drawn from all; writers see all."""
