@@ -162,7 +162,8 @@ def refit_readers(attachment: Attachment, mlp: MLP, entering: list[Tensor], want
             _Tokens(d.x.flatten(0, -2).float(), (a * d.weight).flatten(1, -2), m)
             for d, a, m in zip(drawn, slopes, missing, strict=True)
         ]
-        change = _reader_change(tokens, columns * kept.outputs[:, None])
+        with _in_float32(columns):
+            change = _reader_change(tokens, columns * kept.outputs[:, None])
 
         def error() -> float:
             return _size(_missing(kept, columns, kept.hidden(d.x), d) for d in drawn)
@@ -185,7 +186,8 @@ def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error
 def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, drawn: _Drawn) -> Tensor:
     """m, `(tokens, out_features)`, with `columns` for the writer's."""
     bias = base_layer(kept.writer).bias
-    off = drawn.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
+    with _in_float32(hidden):
+        off = drawn.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
     return (off * kept.outputs * drawn.weight).flatten(0, -2)
 
 
@@ -201,11 +203,12 @@ def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wa
     missing = start.new_zeros(len(kept), len(start))
     for x, (target, weight) in zip(inputs, wanted, strict=True):
         x = _of_kept(x, kept).flatten(0, -2).float()
-        off = target.flatten(0, -2).float() - x @ start.T - (0.0 if bias is None else bias.float())
-        if weight is not None:
-            x, off = x * weight.flatten(0, -2), off * weight.flatten(0, -2)
-        gram.addmm_(x.T, x)
-        missing.addmm_(x.T, off)
+        with _in_float32(x):
+            off = target.flatten(0, -2).float() - x @ start.T - (0.0 if bias is None else bias.float())
+            if weight is not None:
+                x, off = x * weight.flatten(0, -2), off * weight.flatten(0, -2)
+            gram.addmm_(x.T, x)
+            missing.addmm_(x.T, off)
     gram.diagonal().add_(PRIOR * typical(gram))
     return torch.linalg.solve(gram, missing).T
 
@@ -273,6 +276,11 @@ def _reader_change(tokens: list[_Tokens], columns: Tensor) -> Tensor:
     return change
 
 
+def _in_float32(like: Tensor) -> torch.autocast:
+    """The forward pass may be in autocast; what is solved is not."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
     return reduce(torch.add, tensors)
 
@@ -282,7 +290,9 @@ def _damped(matrix: Tensor, size: Tensor) -> Tensor:
 
 
 def _effective(layer: nn.Module) -> Tensor:
-    return base_layer(layer).weight.float() + adapter_delta(layer)
+    weight = base_layer(layer).weight
+    with _in_float32(weight):
+        return weight.float() + adapter_delta(layer)
 
 
 def _of_kept(x: Tensor, kept: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Refitting. Oracles: least squares in float64 over the whole Jacobian; finite differences; writers refitted alone."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -131,3 +133,26 @@ def test_how_many_tokens_pass_at_once_does_not_matter(monkeypatch) -> None:
         found.append(dict(compensated("follow", "gemma3")[3].state()))
     for name, weight in found[0].items():
         assert families.relative_error(found[1][name], weight) <= 1e-3, name
+
+
+@pytest.mark.parametrize("step", ["_reader_change", "_writer_change", "_missing"])
+def test_what_is_solved_is_in_float32_under_autocast(step: str, monkeypatch) -> None:
+    """Oracle: the same computation where only the forward pass has been rounded."""
+    attachment, mlp, _ = kept_mlp("llama")
+    own, found = getattr(refitting, step), []
+
+    def twice(*args: object) -> torch.Tensor:
+        args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
+        found.append(own(*args))
+        within = torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False):
+            found.append(own(*args))
+        assert within == (step != "_reader_change")
+        return found[0]
+
+    monkeypatch.setattr(refitting, step, twice)
+    x = entering()
+    with torch.autocast("cpu", torch.bfloat16):
+        refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)])
+    assert found[0].dtype == torch.float32
+    assert torch.equal(found[0], found[1])
