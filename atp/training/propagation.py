@@ -96,7 +96,7 @@ def follow(
     Args:
         attachment: under the masks that are final.
         writers: writers that lose inputs, the MLPs' among them, by path, and which of their inputs stay, bool,
-            `(in_features,)`; they and the MLPs' readers hold what they held at first.
+            `(in_features,)`; they hold what they held at first.
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
         compact: compute only what is kept, where layers are plain; they do so until masks are set.

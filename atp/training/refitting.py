@@ -222,9 +222,9 @@ def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> list[_Drawn
         count = x.shape[:-1].numel()
         order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(x.device)
         weight = x.new_ones(count, 1) if weight is None else weight
-        parts.append(tuple(t.flatten(0, -2)[order] for t in (x * kept.inputs.to(x.dtype), target, weight)))
+        parts.append(tuple(t.flatten(0, -2)[order] for t in (x, target, weight)))
     chunks = zip(*(torch.cat(part).split(AT_ONCE) for part in zip(*parts, strict=True)), strict=True)
-    return [_Drawn(*(t[None] for t in chunk)) for chunk in chunks]
+    return [_Drawn((x * kept.inputs.to(x.dtype))[None], target[None], weight[None]) for x, target, weight in chunks]
 
 
 def _slopes(kept: KeptMLP, x: Tensor) -> tuple[Tensor, Tensor]:
