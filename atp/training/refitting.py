@@ -6,13 +6,14 @@ writer's kept columns, m what the output lacks, and a_r = df/dz_r as things stan
 
     minimise over V   sum over tokens |D sum_r a_r * (V_r x) - m|^2 + sum_r pull_r |V_r|^2,     W_r <- W_r + V_r
 
-by a few conjugate gradients, preconditioned as by K-FAC (arXiv 1503.05671): (DᵀD * mean a aᵀ) (x) mean x xᵀ. f is not
-linear, so the step is halved until the output lacks less, or not taken.
+by a few conjugate gradients, preconditioned as by K-FAC (arXiv 1503.05671): (DᵀD * mean a aᵀ) (x) mean x xᵀ. The
+gradient is that of all tokens, the curvature that of a draw, as in subsampled Newton methods (arXiv 1601.04737). f is
+not linear, so the step is halved until the output lacks less, or not taken.
 
 Not covered: attention's readers.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -39,7 +40,7 @@ READER_STEPS = 3
 """Conjugate gradients. As above, with all tokens for readers: 3.127 at 3, 3.118 at 8, 3.175 with writers only."""
 
 READER_TOKENS = 16
-"""Tokens a kept channel that readers are refitted on, drawn from all; writers see all."""
+"""Tokens a kept channel that the curvature for readers is measured on, drawn from all; everything else sees all."""
 
 AT_ONCE = 4096
 """Tokens of them that pass through the MLP together."""
@@ -112,8 +113,8 @@ class KeptMLP:
         return _of_kept(inputs_of(self.writer, self.module, x), self.channels)
 
 
-class _Drawn(NamedTuple):
-    """What enters the MLP, what its writer should write, `(1, tokens, features)`, and what each token counts."""
+class _Batch(NamedTuple):
+    """What enters the MLP, what its writer should write, `(rows, tokens, features)`, and what each token counts."""
 
     x: Tensor
     target: Tensor
@@ -154,21 +155,20 @@ def refit_readers(attachment: Attachment, mlp: MLP, entering: list[Tensor], want
     kept = KeptMLP.of(attachment, mlp)
     drawn = _drawn(kept, entering, wanted())
     with attachment.lifted([reader.path for reader in mlp.readers]):  # compact layers would not see new weights
-        hidden, slopes = zip(*(_slopes(kept, d.x) for d in drawn), strict=True)
+        hidden = (kept.hidden(batch.x) for batch in drawn)
         columns = _effective(kept.writer)[:, kept.channels]
-        columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((d.target, d.weight) for d in drawn))
-        missing = [_missing(kept, columns, h, d) for h, d in zip(hidden, drawn, strict=True)]
-        tokens = [
-            _Tokens(d.x.flatten(0, -2).float(), (a * d.weight).flatten(1, -2), m)
-            for d, a, m in zip(drawn, slopes, missing, strict=True)
-        ]
+        columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((b.target, b.weight) for b in drawn))
+        tokens = [_tokens(kept, columns, batch) for batch in drawn]
+        every = (_tokens(kept, columns, batch) for batch in _batches(kept, entering, wanted()))
+        written = columns * kept.outputs[:, None]
+        gradient = _gradient(every, written)
         with _in_float32(columns):
-            change = _reader_change(tokens, columns * kept.outputs[:, None])
+            change = _reader_change(tokens, gradient, written)
 
         def error() -> float:
-            return _size(_missing(kept, columns, kept.hidden(d.x), d) for d in drawn)
+            return _size(_missing(kept, columns, kept.hidden(batch.x), batch) for batch in drawn)
 
-        _step(kept.readers, change, _size(missing), error)
+        _step(kept.readers, change, _size(t.missing for t in tokens), error)
 
 
 def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error: Callable[[], float]) -> None:
@@ -183,12 +183,12 @@ def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error
             base_layer(layer).weight.copy_(weight)
 
 
-def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, drawn: _Drawn) -> Tensor:
+def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, batch: _Batch) -> Tensor:
     """m, `(tokens, out_features)`, with `columns` for the writer's."""
     bias = base_layer(kept.writer).bias
     with _in_float32(hidden):
-        off = drawn.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
-    return (off * kept.outputs * drawn.weight).flatten(0, -2)
+        off = batch.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
+    return (off * kept.outputs * batch.weight).flatten(0, -2)
 
 
 def _size(missing: Iterable[Tensor]) -> float:
@@ -213,22 +213,35 @@ def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wa
     return torch.linalg.solve(gram, missing).T
 
 
-def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> list[_Drawn]:
+def _batches(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> Iterator[_Batch]:
+    """All tokens, as they come."""
+    for x, (target, weight) in zip(entering, wanted, strict=True):
+        weight = x.new_ones(*x.shape[:-1], 1) if weight is None else weight
+        yield _Batch(x * kept.inputs.to(x.dtype), target, weight)
+
+
+def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> list[_Batch]:
     """The same share of each batch, `READER_TOKENS` a channel in all where there are as many, `AT_ONCE` at a time."""
     share = READER_TOKENS * len(kept.channels) / sum(x.shape[:-1].numel() for x in entering)
     random = torch.Generator().manual_seed(0)
     parts: list[tuple[Tensor, ...]] = []
-    for x, (target, weight) in zip(entering, wanted, strict=True):
-        count = x.shape[:-1].numel()
-        order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(x.device)
-        weight = x.new_ones(count, 1) if weight is None else weight
-        parts.append(tuple(t.flatten(0, -2)[order] for t in (x, target, weight)))
+    for batch in _batches(kept, entering, wanted):
+        count = batch.x.shape[:-1].numel()
+        order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(batch.x.device)
+        parts.append(tuple(t.flatten(0, -2)[order] for t in batch))
     chunks = zip(*(torch.cat(part).split(AT_ONCE) for part in zip(*parts, strict=True)), strict=True)
-    return [_Drawn((x * kept.inputs.to(x.dtype))[None], target[None], weight[None]) for x, target, weight in chunks]
+    return [_Batch(x[None], target[None], weight[None]) for x, target, weight in chunks]
+
+
+def _tokens(kept: KeptMLP, columns: Tensor, batch: _Batch) -> _Tokens:
+    """The MLP around where it stands, with `columns` for the writer's."""
+    hidden, slopes = _slopes(kept, batch.x)
+    inputs = batch.x.flatten(0, -2).float()
+    return _Tokens(inputs, (slopes * batch.weight).flatten(1, -2), _missing(kept, columns, hidden, batch))
 
 
 def _slopes(kept: KeptMLP, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What kept channels give, and a, its derivatives by what readers give, `(readers, 1, tokens, channels)`."""
+    """What kept channels give, and a, its derivatives by what readers give, `(readers, rows, tokens, channels)`."""
     given: dict[nn.Module, Tensor] = {}
 
     def leaf(layer: nn.Module, _args: tuple, output: Tensor) -> Tensor:
@@ -243,25 +256,37 @@ def _slopes(kept: KeptMLP, x: Tensor) -> tuple[Tensor, Tensor]:
     return _of_kept(hidden.detach(), kept.channels), slopes
 
 
-def _reader_change(tokens: list[_Tokens], columns: Tensor) -> Tensor:
-    """V, `(readers, channels, inputs)`."""
+def _gradient(tokens: Iterable[_Tokens], columns: Tensor) -> Tensor:
+    """The direction in which the output comes to lack less, a mean over tokens, `(readers, channels, inputs)`."""
+    total, count = None, 0
+    for t in tokens:
+        with _in_float32(columns):
+            found = ((t.missing @ columns) * t.slopes).mT @ t.inputs
+        total = found if total is None else total.add_(found)
+        count += len(t.inputs)
+    assert total is not None
+    return total / count
+
+
+def _reader_change(tokens: list[_Tokens], gradient: Tensor, columns: Tensor) -> Tensor:
+    """V, `(readers, channels, inputs)`, by `gradient` of all tokens and the curvature of `tokens`."""
     count = sum(len(t.inputs) for t in tokens)
     together = columns.T @ columns
     read = _sum(t.inputs.T @ t.inputs for t in tokens) / count
     effect = together * _sum(t.slopes.mT @ t.slopes for t in tokens) / count
     typically = torch.stack([typical(e) for e in effect])[:, None, None]
-    pull = READER_PRIOR * count * typical(read) * typically
-    by_inputs = torch.linalg.inv(_damped(read, typical(read))) / count
+    pull = READER_PRIOR * typical(read) * typically
+    by_inputs = torch.linalg.inv(_damped(read, typical(read)))
     by_channels = torch.linalg.inv(_damped(effect, typically))
 
     def product(v: Tensor) -> Tensor:
         found = pull * v
         for t in tokens:
             written = ((t.inputs @ v.mT) * t.slopes).sum(0)
-            found += ((written @ together) * t.slopes).mT @ t.inputs
+            found += ((written @ together) * t.slopes).mT @ t.inputs / count
         return found
 
-    left = _sum(((t.missing @ columns) * t.slopes).mT @ t.inputs for t in tokens)
+    left = gradient
     change = torch.zeros_like(left)
     towards = by_channels @ left @ by_inputs
     along, steepness = towards, (left * towards).sum()

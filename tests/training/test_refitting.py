@@ -10,7 +10,7 @@ from atp.structure.discovery import discover
 from atp.structure.live import base_layer
 from atp.structure.space import build_space
 from atp.training import propagation, refitting
-from atp.training.refitting import KeptMLP, _reader_change, _slopes, _Tokens
+from atp.training.refitting import KeptMLP, _gradient, _missing, _reader_change, _size, _slopes, _Tokens
 from tests import families
 from tests.export.cases import random_masks
 from tests.training.test_propagation import EVERYWHERE, compensated, last_stream
@@ -42,7 +42,8 @@ def test_the_change_of_readers_is_the_least_squares_one(monkeypatch) -> None:
     halves = [_Tokens(x[part], a[:, part], missing[part]) for part in (slice(0, 11), slice(11, tokens))]
     jacobian = torch.einsum("oc,rtc,ti->torci", columns, a, x).reshape(tokens * out, -1).double()
     best = torch.linalg.lstsq(jacobian, missing.reshape(-1, 1).double()).solution
-    assert families.relative_error(_reader_change(halves, columns).reshape(-1, 1).double(), best) <= 1e-3
+    change = _reader_change(halves, _gradient(halves, columns), columns)
+    assert families.relative_error(change.reshape(-1, 1).double(), best) <= 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -53,7 +54,8 @@ def test_each_gradient_step_leaves_less(steps: int, monkeypatch) -> None:
 
     def left(count: int) -> float:
         monkeypatch.setattr(refitting, "READER_STEPS", count)
-        change = _reader_change([_Tokens(x, a, missing)], columns)
+        all_tokens = [_Tokens(x, a, missing)]
+        change = _reader_change(all_tokens, _gradient(all_tokens, columns), columns)
         return (missing - ((x @ change.mT) * a).sum(0) @ columns.T).square().sum().item()
 
     assert left(steps) < left(steps - 1)
@@ -106,24 +108,42 @@ def test_rows_of_channels_that_stay_are_refitted_and_no_others(family: str) -> N
 def test_a_change_that_does_not_help_is_not_made(monkeypatch) -> None:
     attachment, mlp, kept = kept_mlp("llama")
     before = {reader.layer: base_layer(reader.layer).weight.clone() for reader in kept.readers}
-    monkeypatch.setattr(refitting, "_reader_change", lambda tokens, columns: [torch.full((1, 1), 1e3)] * 2)
+    monkeypatch.setattr(refitting, "_reader_change", lambda *_args: [torch.full((1, 1), 1e3)] * 2)
     x = entering()
     refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)])
     for layer, weight in before.items():
         assert torch.equal(base_layer(layer).weight, weight)
 
 
-def test_readers_are_refitted_on_a_draw_and_writers_on_all(monkeypatch) -> None:
-    attachment, mlp, kept = kept_mlp("llama")
-    seen = []
-    own = refitting._reader_change
+@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "gemma3"])
+def test_the_gradient_for_readers_is_of_all_tokens_and_the_curvature_of_a_draw(family: str, monkeypatch) -> None:
+    """Oracle: what all tokens lack where the readers have been moved a little, forth and back."""
+    attachment, mlp, kept = kept_mlp(family)
+    batches = [entering(rows=8, tokens=16) + i for i in range(4)]
+    weight = torch.rand(8, 16, 1, generator=torch.Generator().manual_seed(2))
     monkeypatch.setattr(refitting, "READER_TOKENS", 2)
-    monkeypatch.setattr(
-        refitting, "_reader_change", lambda tokens, columns: (seen.extend(tokens), own(tokens, columns))[1]
-    )
-    batches = [entering(rows=8, tokens=16) for _ in range(4)]
-    refitting.refit_readers(attachment, mlp, batches, lambda: [(x, None) for x in batches])
-    assert abs(sum(len(t.inputs) for t in seen) - 2 * len(kept.channels)) <= len(batches)
+    own = refitting._reader_change
+
+    def looked_at(tokens: list[_Tokens], gradient: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        assert abs(sum(len(t.inputs) for t in tokens) - 2 * len(kept.channels)) <= len(batches)
+        change = own(tokens, gradient, columns)
+        lacks = []
+        for size in (1e-2, -1e-2):
+            for reader, part in zip(kept.readers, change, strict=True):
+                reader.add(size * part)
+            every = refitting._batches(kept, batches, ((x, weight) for x in batches))
+            lacks.append(_size(_missing(kept, columns, kept.hidden(b.x), b) for b in every))
+            for reader, part in zip(kept.readers, change, strict=True):
+                reader.add(-size * part)
+        expected = -2 * (gradient * change).sum().item() * 4 * 8 * 16
+        assert (lacks[0] - lacks[1]) / 2e-2 == pytest.approx(expected, rel=2e-2)
+        seen.append(change)
+        return change
+
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(refitting, "_reader_change", looked_at)
+    refitting.refit_readers(attachment, mlp, batches, lambda: [(x, weight) for x in batches])
+    assert seen
 
 
 def test_how_many_tokens_pass_at_once_does_not_matter(monkeypatch) -> None:
@@ -135,7 +155,7 @@ def test_how_many_tokens_pass_at_once_does_not_matter(monkeypatch) -> None:
         assert families.relative_error(found[1][name], weight) <= 1e-3, name
 
 
-@pytest.mark.parametrize("step", ["_reader_change", "_writer_change", "_missing"])
+@pytest.mark.parametrize("step", ["_reader_change", "_gradient", "_writer_change", "_missing"])
 def test_what_is_solved_is_in_float32_under_autocast(step: str, monkeypatch) -> None:
     """Oracle: the same computation where only the forward pass has been rounded."""
     attachment, mlp, _ = kept_mlp("llama")
