@@ -40,7 +40,8 @@ READER_STEPS = 3
 """Conjugate gradients. As above, with all tokens for readers: 3.127 at 3, 3.118 at 8, 3.175 with writers only."""
 
 READER_TOKENS = 16
-"""Tokens a kept channel that the curvature for readers is measured on, drawn from all; everything else sees all."""
+"""Tokens a kept channel, drawn from all, that readers' curvature and step size and a first fit of the writer look at;
+readers' gradient and the writer look at all."""
 
 AT_ONCE = 4096
 """Tokens of them that pass through the MLP together."""
