@@ -2,7 +2,7 @@
 
 y = W[rows][:, cols] x[cols] + s B[rows] (A[:, cols] x[cols]), the very values of the masked layer. LoRA's A and B stay
 the parameters that they were, at full size, so that optimizer states, checkpoints and exports know nothing of it; the
-base weight is copied once, in the dtype that the layer computes in.
+base weight is copied when it is first needed, in the dtype that the layer computes in.
 
 Between the layers of one block, KV groups and MLP channels that are gone are not there at all: attention and activation
 run on what is left. Residual dimensions are gathered and scattered, or multiplied by zero in the weight where so few
@@ -75,6 +75,10 @@ class CompactLinear:
         if outputs is not None and outputs.index is not None and not outputs.passed_on:
             y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
         return y
+
+    def forget(self) -> None:
+        """Copy the base weight anew when it is next needed."""
+        self._base.clear()
 
     def _adapter(self, module: Any, name: str, x: Tensor) -> Tensor:
         a, b = module.lora_A[name].weight, module.lora_B[name].weight

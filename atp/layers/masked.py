@@ -64,6 +64,12 @@ def masks_of(module: nn.Module) -> LinearMasks:
     return module.__dict__[_SLOT]
 
 
+def base_changed(module: nn.Module) -> None:
+    """To be called where the base weight of a layer has changed: what computes only the kept part copies it anew."""
+    if is_masked(module) and (compact := masks_of(module).compact) is not None:
+        compact.forget()
+
+
 def is_masked(module: nn.Module) -> bool:
     """Whether `mask_linear` is in force on this very module."""
     return _SLOT in module.__dict__

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from atp.criteria.statistics import removed_after
 from atp.criteria.surgeon import typical
-from atp.layers import Attachment
+from atp.layers import Attachment, base_changed
 from atp.structure.discovery import MLP
 from atp.structure.live import adapter_delta, base_layer
 from atp.structure.space import Axis
@@ -63,6 +63,7 @@ class Reader:
         """Add `change`, `(channels, in_features)`, to the base weight."""
         weight = base_layer(self.layer).weight
         weight[self.rows] += change.to(weight.dtype)
+        base_changed(self.layer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +143,7 @@ def refit_writer(writer: nn.Module, keep: Tensor, inputs: Iterable[Tensor], want
     base = base_layer(writer)
     kept = torch.nonzero(keep).flatten().to(base.weight.device)
     base.weight[:, kept] += _writer_change(writer, kept, inputs, wanted).to(base.weight.dtype)
+    base_changed(writer)
 
 
 @torch.no_grad()
@@ -155,21 +157,20 @@ def refit_readers(attachment: Attachment, mlp: MLP, entering: list[Tensor], want
     """
     kept = KeptMLP.of(attachment, mlp)
     drawn = _drawn(kept, entering, wanted())
-    with attachment.lifted([reader.path for reader in mlp.readers]):  # compact layers would not see new weights
-        hidden = (kept.hidden(batch.x) for batch in drawn)
-        columns = _effective(kept.writer)[:, kept.channels]
-        columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((b.target, b.weight) for b in drawn))
-        tokens = [_tokens(kept, columns, batch) for batch in drawn]
-        every = (_tokens(kept, columns, batch) for batch in _batches(kept, entering, wanted()))
-        written = columns * kept.outputs[:, None]
-        gradient = _gradient(every, written)
-        with _in_float32(columns):
-            change = _reader_change(tokens, gradient, written)
+    hidden = (kept.hidden(batch.x) for batch in drawn)
+    columns = _effective(kept.writer)[:, kept.channels]
+    columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((b.target, b.weight) for b in drawn))
+    tokens = [_tokens(kept, columns, batch) for batch in drawn]
+    every = (_tokens(kept, columns, batch) for batch in _batches(kept, entering, wanted()))
+    written = columns * kept.outputs[:, None]
+    gradient = _gradient(every, written)
+    with _in_float32(columns):
+        change = _reader_change(tokens, gradient, written)
 
-        def error() -> float:
-            return _size(_missing(kept, columns, kept.hidden(batch.x), batch) for batch in drawn)
+    def error() -> float:
+        return _size(_missing(kept, columns, kept.hidden(batch.x), batch) for batch in drawn)
 
-        _step(kept.readers, change, _size(t.missing for t in tokens), error)
+    _step(kept.readers, change, _size(t.missing for t in tokens), error)
 
 
 def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error: Callable[[], float]) -> None:
@@ -182,6 +183,7 @@ def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error
             return
         for layer, weight in before.items():
             base_layer(layer).weight.copy_(weight)
+            base_changed(layer)
 
 
 def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, batch: _Batch) -> Tensor:
@@ -243,18 +245,20 @@ def _tokens(kept: KeptMLP, columns: Tensor, batch: _Batch) -> _Tokens:
 
 def _slopes(kept: KeptMLP, x: Tensor) -> tuple[Tensor, Tensor]:
     """What kept channels give, and a, its derivatives by what readers give, `(readers, rows, tokens, channels)`."""
+    rows: dict[nn.Module, list[Tensor]] = {}
+    for reader in kept.readers:
+        rows.setdefault(reader.layer, []).append(reader.rows)
     given: dict[nn.Module, Tensor] = {}
 
     def leaf(layer: nn.Module, _args: tuple, output: Tensor) -> Tensor:
         given[layer] = output.detach().requires_grad_()
         return given[layer]
 
-    layers = {reader.layer for reader in kept.readers}
-    with torch.enable_grad(), removed_after([layer.register_forward_hook(leaf) for layer in layers]):
+    with torch.enable_grad(), removed_after([layer.register_forward_hook(leaf) for layer in rows]):
         hidden = inputs_of(kept.writer, kept.module, x)
-        by_layer = dict(zip(given, torch.autograd.grad(hidden.sum(), list(given.values())), strict=True))
-    slopes = torch.stack([by_layer[reader.layer][..., reader.rows].float() for reader in kept.readers])
-    return _of_kept(hidden.detach(), kept.channels), slopes
+        found = dict(zip(given, torch.autograd.grad(hidden.sum(), list(given.values())), strict=True))
+    parts = [p for layer, of in rows.items() for p in _of_kept(found[layer], torch.cat(of)).chunk(len(of), -1)]
+    return _of_kept(hidden.detach(), kept.channels), torch.stack(parts).float()
 
 
 def _gradient(tokens: Iterable[_Tokens], columns: Tensor) -> Tensor:

@@ -61,13 +61,16 @@ def test_each_gradient_step_leaves_less(steps: int, monkeypatch) -> None:
     assert left(steps) < left(steps - 1)
 
 
+@pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("family", EVERYWHERE)
-def test_slopes_are_those_of_each_channel_by_its_own_readers(family: str) -> None:
+def test_slopes_are_those_of_each_channel_by_its_own_readers(family: str, compact: bool) -> None:
     """Oracle: what a kept channel gives where the row of a reader that makes it has been moved a little."""
-    attachment, mlp, kept = kept_mlp(family)
+    attachment, _, kept = kept_mlp(family)
+    if compact:
+        attachment.compact()
     x = entering()
     far = 1e-3 * torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(1))
-    with attachment.lifted([reader.path for reader in mlp.readers]), torch.no_grad():
+    with torch.no_grad():
         hidden, slopes = _slopes(kept, x)
         for reader, slope in zip(kept.readers, slopes, strict=True):
             reader.add(far.expand(len(kept.channels), -1))
