@@ -1,6 +1,6 @@
 """`atp compare` on tiny models. Oracles: rows and files left behind, exit status, and which runs were started.
 
-Runs happen in this process, to be quick, but for one test that starts a real child.
+Runs happen in this process, to be quick, but for tests of real children.
 """
 
 import contextlib
@@ -8,10 +8,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import yaml
 from filelock import FileLock
@@ -280,6 +283,30 @@ def test_all_children_are_killed_when_the_command_is_stopped(monkeypatch, tmp_pa
         child.stop_children()
         assert [future.result(timeout=30) for future in running] == [-9, -9]
     assert not child._alive
+
+
+@pytest.mark.slow
+def test_a_run_ends_when_the_comparison_is_killed_outright(recipe, tmp_path):
+    recipe["training"]["max_steps"] = 10**6
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    script = "import sys, pathlib; from atp.commands.comparison.child import launch; "
+    script += "launch(['train', sys.argv[1]], pathlib.Path(sys.argv[2]))"
+    comparison = subprocess.Popen([sys.executable, "-c", script, str(path), str(tmp_path / "log")])
+    children = []
+    try:
+        while not (tmp_path / "run").exists():  # it trains
+            children = psutil.Process(comparison.pid).children()
+            assert comparison.poll() is None
+            time.sleep(0.1)
+        comparison.kill()
+        comparison.wait()
+        gone, _ = psutil.wait_procs(children, timeout=60)
+        assert gone == children != []
+    finally:
+        for process in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_a_changed_recipe_is_refused_or_overwritten(command, faked, recipe, tmp_path, capsys):

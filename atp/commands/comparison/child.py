@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import atp
+from atp.commands.comparison import bound
 from atp.commands.comparison.plan import Run, identity
 from atp.commands.output import write_text
 
@@ -56,8 +57,8 @@ def run_child(run: Run, jobs: int = 1) -> dict[str, Any]:
 
 
 def launch(arguments: list[str], log: Path, jobs: int = 1) -> int:
-    """`python -m atp ARGUMENTS` with everything it prints in `log`; the exit status, negative for a signal."""
-    command = [sys.executable, "-m", "atp", *arguments]
+    """`atp ARGUMENTS`, no longer than we live, with all it prints in `log`; the exit status, negative for a signal."""
+    command = [sys.executable, "-m", bound.__name__, str(os.getpid()), *arguments]
     environment = _environment(jobs)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
