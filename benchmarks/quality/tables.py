@@ -1,52 +1,108 @@
-"""README.md's tables and the plots, from the raw rows: `python benchmarks/quality/tables.py`.
+"""Tables and plots of the READMEs, here and at the top, from the raw rows: `python benchmarks/quality/tables.py`.
 
-Each folder `results/SETTING/` is the `--out` of one `atp compare`, of which `rows.jsonl` is committed. `--check` says
-whether the README is what the rows give, and changes nothing.
+Each folder `results/SETTING/` is the `--out` of one `atp compare`, of which `rows.jsonl` is committed. Those named
+MODEL_DOMAIN_SPACE_STEPS, and nothing after it, are in the table at the top. `--check` says whether the READMEs are what
+the rows give, and changes nothing.
 """
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from atp.report import markdown, size_plot, sparsity_plot, summarise
+from atp.report.summary import Cell
+from atp.strategies import DENSE, is_two_stage
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+TOP = HERE.parents[1]
 PLOTS = {"perplexity_by_sparsity.png": sparsity_plot, "perplexity_by_size.png": size_plot}
+MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M"}
+AT_THE_TOP = re.compile(rf"({'|'.join(MODELS)})_([a-z]+)_(width|disp)_\d+")
+COLUMNS = (
+    *("model, text, removed", "seeds", "dense", "best two-stage rival", "`paper`"),
+    *("**`atp`, defaults**", "/ rival", "gap closed"),
+)
 
 
 def main() -> None:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where the README is not what the rows give")
-    arguments = parser.parse_args()
-    readme = HERE / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    head, _, rest = before.partition(BEGIN)
-    after = f"{head}{BEGIN}\n\n{tables(draw=not arguments.check)}\n{END}{rest.partition(END)[2]}"
-    if arguments.check:
-        sys.exit(0 if before == after else f"{readme} is not what the rows give: run {Path(__file__).name}")
-    readme.write_text(after, encoding="utf-8")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a README is not what the rows give")
+    check = parser.parse_args().check
+    folders = [path.parent for path in sorted(HERE.glob("results/*/rows.jsonl"))]
+    parts = {HERE: "\n".join(section(folder, draw=not check) for folder in folders), TOP: top_table(folders)}
+    for place, part in parts.items():
+        readme = place / "README.md"
+        before = readme.read_text(encoding="utf-8")
+        after = put(before, part)
+        if check and before != after:
+            sys.exit(f"{readme} is not what the rows give: run {Path(__file__).name}")
+        readme.write_text(after, encoding="utf-8")
 
 
-def tables(draw: bool) -> str:
-    """One section a setting, in alphabetical order."""
-    return "\n".join(section(path.parent, draw) for path in sorted(HERE.glob("results/*/rows.jsonl")))
+def put(text: str, part: str) -> str:
+    """`text` with `part` between its two marks."""
+    begin, end = "<!-- tables: begin -->", "<!-- tables: end -->"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n\n{part}\n{end}{rest.partition(end)[2]}"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The last row of each run."""
+    rows = map(json.loads, (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
+    return list({row["name"]: row for row in rows}.values())
 
 
 def section(folder: Path, draw: bool) -> str:
     """The Markdown that `atp compare` writes, its headings two levels down, plots beside the rows."""
-    rows = {row["name"]: row for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines())}
-    cells = summarise(list(rows.values()))
+    rows = rows_of(folder)
+    cells = summarise(rows)
     for name, plot in PLOTS.items() if draw else ():
         (folder / name).write_bytes(plot(cells))
-    failed = [row for row in rows.values() if row["status"] == "failed"]
+    failed = [row for row in rows if row["status"] == "failed"]
     lines = markdown(cells, failed, [f"results/{folder.name}/{name}" for name in PLOTS]).splitlines()[2:]
-    versions = next(row["versions"] for row in rows.values() if row["status"] == "ok")
+    versions = next(row["versions"] for row in rows if row["status"] == "ok")
     made_with = ", ".join(f"{name} {version}" for name, version in versions.items())
     body = "\n".join(f"##{line}" if line.startswith("#") else line for line in lines)
     return f"### {folder.name}\n\n{made_with}.\n\n{body}\n"
+
+
+def top_table(folders: list[Path]) -> str:
+    """What matters, a line for each setting and sparsity at which `atp` has run; perplexities."""
+    lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1))]
+    for folder in folders:
+        if found := AT_THE_TOP.fullmatch(folder.name):
+            model, domain, space = found.groups()
+            lines += top_lines(f"{MODELS[model]}, {domain}, `{space}`", summarise(rows_of(folder)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def top_lines(title: str, cells: list[Cell]) -> Iterator[tuple[str, ...]]:
+    """One for each `atp` cell. Cells are sorted, so that the first rival at a sparsity is the best."""
+    dense = next(cell for cell in cells if cell.strategy == DENSE)
+    for cell in (cell for cell in cells if cell.strategy == "atp"):
+        here = [other for other in cells if other.sparsity == cell.sparsity]
+        rival = next(other for other in here if is_two_stage(other.strategy))
+        paper = next((other for other in here if other.strategy == "paper"), None)
+        yield (
+            f"{title} {cell.sparsity:.0%}".replace("%", " %"),
+            str(cell.seeds),
+            perplexity(dense),
+            f"{perplexity(rival)} (`{rival.strategy}`)",
+            "" if paper is None else perplexity(paper),
+            f"**{perplexity(cell)}**",
+            f"{cell.perplexity_to_rival:.2f}",
+            f"{cell.gap_closed:.2f}",
+        )
+
+
+def perplexity(cell: Cell) -> str:
+    """Its mean."""
+    return f"{cell.perplexity.mean:.2f}"
 
 
 if __name__ == "__main__":
