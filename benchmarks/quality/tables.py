@@ -24,7 +24,7 @@ MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M"}
 AT_THE_TOP = re.compile(rf"({'|'.join(MODELS)})_([a-z]+)_(width|disp)_\d+")
 COLUMNS = (
     *("model, text, removed", "seeds", "dense", "best two-stage rival", "`paper`"),
-    *("**`atp`, defaults**", "/ rival", "gap closed"),
+    *("**`atp`**", "/ rival", "gap closed"),
 )
 
 
