@@ -191,9 +191,10 @@ def measure_in_fresh_process(folder: Path, work: Path) -> dict[str, Any]:
 
 
 def measure(folder: Path, work: Path) -> dict[str, Any]:
-    """Size, held-out perplexity, speed, and three definitions written by the model in `folder`, all in bfloat16."""
+    """Size, held-out perplexity, speed, and three definitions written by the model in `folder`."""
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    dtype = torch.bfloat16 if computes_in_bf16() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = read_rows(str(work / "validation.jsonl"))
     windows = make_windows(rows, tokenizer, MAX_LENGTH, progress=False)
