@@ -6,13 +6,12 @@ the rows give, and changes nothing.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from atp.commands.comparison.journal import read_journal
 from atp.report import markdown, size_plot, sparsity_plot, summarise
 from atp.report.summary import Cell
 from atp.strategies import DENSE, is_two_stage
@@ -39,9 +38,10 @@ def main() -> None:
         readme = place / "README.md"
         before = readme.read_text(encoding="utf-8")
         after = put(before, part)
-        if check and before != after:
+        if not check:
+            readme.write_text(after, encoding="utf-8")
+        elif before != after:
             sys.exit(f"{readme} is not what the rows give: run {Path(__file__).name}")
-        readme.write_text(after, encoding="utf-8")
 
 
 def put(text: str, part: str) -> str:
@@ -51,15 +51,9 @@ def put(text: str, part: str) -> str:
     return f"{head}{begin}\n\n{part}\n{end}{rest.partition(end)[2]}"
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The last row of each run."""
-    rows = map(json.loads, (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines())
-    return list({row["name"]: row for row in rows}.values())
-
-
 def section(folder: Path, draw: bool) -> str:
     """The Markdown that `atp compare` writes, its headings two levels down, plots beside the rows."""
-    rows = rows_of(folder)
+    rows = list(read_journal(folder / "rows.jsonl").values())
     cells = summarise(rows)
     for name, plot in PLOTS.items() if draw else ():
         (folder / name).write_bytes(plot(cells))
@@ -77,7 +71,9 @@ def top_table(folders: list[Path]) -> str:
     for folder in folders:
         if found := AT_THE_TOP.fullmatch(folder.name):
             model, domain, space = found.groups()
-            lines += top_lines(f"{MODELS[model]}, {domain}, `{space}`", summarise(rows_of(folder)))
+            lines += top_lines(
+                f"{MODELS[model]}, {domain}, `{space}`", summarise(read_journal(folder / "rows.jsonl").values())
+            )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
