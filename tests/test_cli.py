@@ -1,5 +1,6 @@
 """The shell, in this process. Oracles: exit status, the one line on standard error, and the files left behind."""
 
+import csv
 import errno
 import json
 import re
@@ -96,6 +97,42 @@ def test_eval_measures_every_model(base, tmp_path):
     assert first["perplexity"] == second["perplexity"]
     assert main([*argv, "--completion-only"]) == 0
     assert json.loads(out.read_text())["models"][0]["tokens"] < first["tokens"]
+
+
+@pytest.mark.parametrize("options", [["train-step", "--rows", "2", "--length", "8"], ["infer", "--tokens", "8"]])
+def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, options):
+    table, out = tmp_path / "rows.csv", tmp_path / "rows.json"
+    argv = ["bench", *options, "--config", str(base), "--layers", "2", "--round-to", "1", "--calls", "2"]
+    assert main([*argv, "--csv", str(table), "--json", str(out)]) == 0
+    assert "TFLOP/s" in capsys.readouterr().out
+    found = json.loads(out.read_text())["rows"]
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == [row["case"] for row in found]
+    assert {row["layers"] for row in rows} == {"2"}
+    assert all(float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"]) for row in rows)
+    assert all(row[column] for row in rows for column in ("processor", "threads", "torch", "copy_gb_per_s"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calls", "0"], "--calls must be an integer >= 1"),
+        (["--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
+        (["--config", "./nowhere"], "./nowhere: no such folder"),
+        (["--csv", "/nowhere/rows.csv"], "--csv /nowhere/rows.csv: its folder does not exist"),
+    ],
+)
+def test_bench_refuses_before_it_measures(capsys, options, message):
+    assert message in refused(capsys, "bench", "infer", *options)
+
+
+def test_shapes_are_those_of_the_models(capsys, tmp_path):
+    """Parameter counts as the models' cards give them."""
+    known = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "mistral-7b": 7_248_023_552}
+    for name, parameters in known.items():
+        assert main(["inspect", name, "--json", str(tmp_path / "inspect.json")]) == 0
+        assert json.loads((tmp_path / "inspect.json").read_text())["parameters"] == parameters
 
 
 def test_train_then_resume_then_export(recipe, tmp_path, capsys):

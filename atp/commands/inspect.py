@@ -20,7 +20,11 @@ from atp.structure.space import GroupSet, Space, build_space
 def add(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser("inspect", help="what can be pruned in a model, and what a sparsity would leave")
-    parser.add_argument("model", metavar="MODEL", help="hub name, folder, or .gguf file; no weights are loaded")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="hub name, folder, .gguf file, or a name such as llama-3-8b; no weights are loaded",
+    )
     parser.add_argument("--gguf-file", help="GGUF file inside MODEL")
     parser.add_argument("--sparsity", type=float, default=0.4, help="share of prunable parameters (default 0.4)")
     parser.add_argument("--space", choices=SPACES, default="width")

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ATPError, ModelError, UnsupportedModelError
 
 
@@ -48,14 +49,47 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
 
 
 def load_shell(name: str, gguf_file: str | None = None) -> PreTrainedModel:
-    """The model's modules without weights (meta device): enough to discover, and nothing large is downloaded."""
+    """The model's modules without weights (meta device): enough to discover, and nothing large is downloaded.
+
+    Args:
+        name: one of `SHAPES`, a hub name, a folder, or a GGUF file.
+    """
+    return _from_config(name, _config(name, gguf_file), "meta")
+
+
+def random_model(name: str, layers: int | None = None, dtype: str = "float32") -> PreTrainedModel:
+    """A model with random weights, on the accelerator if there is one.
+
+    Args:
+        name: as `load_shell` takes it.
+        layers: as many of its blocks; None means all.
+    """
+    config = _config(name)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    return _from_config(name, config, best_device(), getattr(torch, dtype))
+
+
+def _config(name: str, gguf_file: str | None = None) -> PretrainedConfig:
+    if name in SHAPES and not Path(name).exists():
+        return config_of(name)
     name, gguf_file = _split_gguf(name, gguf_file)
-    config: PretrainedConfig = _load(AutoConfig, name, "model config", {"gguf_file": gguf_file} if gguf_file else {})
+    return _load(AutoConfig, name, "model config", {"gguf_file": gguf_file} if gguf_file else {})
+
+
+def _from_config(name: str, config: PretrainedConfig, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        with torch.device(device):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         raise UnsupportedModelError(f"{name}: {_first_line(error)}") from None
+
+
+def best_device() -> str:
+    """The accelerator if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def computes_in_bf16() -> bool:
@@ -67,7 +101,7 @@ def computes_in_bf16() -> bool:
 
 def to_best_device(model: PreTrainedModel) -> PreTrainedModel:
     """Move the model to the accelerator if there is one."""
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(best_device())
 
 
 def _split_gguf(name: str, gguf_file: str | None) -> tuple[str, str | None]:

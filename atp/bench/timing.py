@@ -1,0 +1,94 @@
+"""Timing several cases in one run: each once a round, so that a machine whose speed drifts treats all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+_MATMUL = 2048
+_COPY_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Something to time.
+
+    Attributes:
+        call: one timed call.
+        limit: the least share of the baseline's time that FLOPs or bytes allow; None where that says nothing.
+    """
+
+    name: str
+    call: Callable[[], object]
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """Milliseconds a call (median, 20th and 80th percentile), and the share of the baseline's time.
+
+    `ratio` is the median over rounds of this case's time over the first case's in the same round.
+    """
+
+    case: str
+    calls: int
+    p20_ms: float
+    median_ms: float
+    p80_ms: float
+    ratio: float
+    limit: float | None
+
+
+def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1) -> list[Result]:
+    """Time every case `calls` times, in turn; the first one is the baseline.
+
+    Rounds go through the cases forwards and backwards in turn, so that none always follows the same one.
+    """
+    for case in cases:
+        for _ in range(warmup_calls):
+            case.call()
+    seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    for index in range(calls):
+        for case in cases if index % 2 == 0 else reversed(cases):
+            seconds[case.name].append(_seconds(case.call))
+    baseline = seconds[cases[0].name]
+    return [_result(case, seconds[case.name], baseline) for case in cases]
+
+
+def ceilings(device: torch.device, dtype: torch.dtype, calls: int = 5) -> dict[str, float]:
+    """What this machine gives at best: `matmul_tflops` of a square product, and `copy_gb_per_s`, reads and writes."""
+    a, b = (torch.randn(_MATMUL, _MATMUL, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(_COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    matmul, copied = interleaved(
+        [Case("matmul", lambda: a @ b), Case("copy", lambda: target.copy_(source))], calls, warmup_calls=2
+    )
+    return {
+        "matmul_tflops": 2 * _MATMUL**3 / matmul.median_ms / 1e9,
+        "copy_gb_per_s": 2 * _COPY_BYTES / copied.median_ms / 1e6,
+    }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    _synchronise()
+    start = time.perf_counter()
+    call()
+    _synchronise()
+    return time.perf_counter() - start
+
+
+def _synchronise() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _result(case: Case, seconds: Sequence[float], baseline: Sequence[float]) -> Result:
+    p20, p80 = _percentile(seconds, 0.2), _percentile(seconds, 0.8)
+    ratio = statistics.median(own / other for own, other in zip(seconds, baseline, strict=True))
+    return Result(case.name, len(seconds), p20 * 1e3, statistics.median(seconds) * 1e3, p80 * 1e3, ratio, case.limit)
+
+
+def _percentile(seconds: Sequence[float], share: float) -> float:
+    return torch.tensor(seconds, dtype=torch.float64).quantile(share).item()

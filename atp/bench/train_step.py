@@ -1,0 +1,119 @@
+"""Optimizer steps of a run: plain LoRA, under masks that are being learned, and under the final decision.
+
+Every case is a model of its own on the same base weights, and takes the steps that `ATPCallback` makes the Trainer
+take: generator, LoRA, proximal step. Not covered: the Trainer's own bookkeeping; distillation; scoring and refitting,
+which a run does once.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from atp.bench.copies import on_the_same_tensors
+from atp.bench.timing import Case
+from atp.config import ATPConfig
+from atp.evaluation import flops_per_token
+from atp.layers import Attachment, attach
+from atp.structure.discovery import discover
+from atp.structure.space import build_space
+from atp.training.compensation import Compensation
+from atp.training.learner import DecisionLearner
+from atp.training.proximal import proximal_step
+from atp.training.schedule import Schedule
+from atp.training.start import start
+
+_STEPS = 1_000_000
+"""Of a run that is timed far from its end."""
+
+_LEARNING_RATE = 1e-4
+
+
+class OptimizerStep:
+    """Forward, backward and AdamW on one random batch; with a learner, all that pruning adds to it.
+
+    Args:
+        batch: what the model is called with, labels among it.
+    """
+
+    def __init__(
+        self, model: PeftModel, batch: Mapping[str, Tensor], autocast: bool, learner: DecisionLearner | None = None
+    ) -> None:
+        self._model, self._batch, self._autocast, self._learner = model, batch, autocast, learner
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0)
+        self._step = 0
+
+    def __call__(self) -> None:
+        """Take the step."""
+        learner = self._learner
+        if learner is not None:
+            learner.begin_step(self._step)
+        with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._autocast):
+            loss = self._model(**self._batch).loss
+        loss.backward()
+        if learner is not None:
+            learner.update_from_step()
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if learner is not None and not learner.frozen:
+            attachment = learner.attachment
+            masks = {name: leaf.detach() for name, leaf in attachment.masks.items()}
+            beta = learner.schedule.lasso(self._step)
+            proximal_step(attachment.space, attachment.modules, masks, _LEARNING_RATE, beta)
+        self._step += 1
+
+
+def train_step_cases(
+    base: PreTrainedModel, config: ATPConfig, lora_rank: int, rows: int, length: int, checkpointing: bool = False
+) -> list[Case]:
+    """Steps of `rows` times `length` tokens; in bfloat16 autocast where `base` is in that format.
+
+    Args:
+        config: `space`, `sparsity`, `mode` and the generator's settings count; decisions start at random.
+        checkpointing: gradient checkpointing, in all cases alike.
+    """
+    autocast = base.dtype == torch.bfloat16
+    ids = torch.randint(base.config.get_text_config().vocab_size, (rows, length)).to(base.device)
+    batch = {"input_ids": ids, "labels": ids}
+    lora = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+
+    def adapted() -> PeftModel:
+        model = on_the_same_tensors(base)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model = get_peft_model(model, lora)
+        return model.train()
+
+    def pruned(freeze_at: float, impl: str) -> tuple[OptimizerStep, Attachment]:
+        model = adapted()
+        learner = _learner(model, config, freeze_at, impl)
+        return OptimizerStep(model, batch, autocast, learner), learner.attachment
+
+    learning, attachment = pruned(1.0, config.impl)
+    space = attachment.space
+    left = 1.0 - 2 * config.sparsity * space.prunable_parameters / flops_per_token(base)
+    return [
+        Case("dense LoRA", OptimizerStep(adapted(), batch, autocast)),
+        Case("before the freeze", learning, 1.0),
+        Case("after the freeze, eager", pruned(0.0, "eager")[0], 1.0),
+        Case("after the freeze", pruned(0.0, config.impl)[0], left),
+    ]
+
+
+def _learner(model: PeftModel, config: ATPConfig, freeze_at: float, impl: str) -> DecisionLearner:
+    values = config.to_dict() | {
+        "init": "random",
+        "compensate": "none",
+        "start_at": 0.0,
+        "freeze_at": freeze_at,
+        "impl": impl,
+    }
+    config = ATPConfig.from_dict(values)
+    attachment = attach(model, build_space(discover(model), config.space, config.uniform, config.round_to))
+    compensation = Compensation("none", attachment, model, ())
+    draw = partial(start, config, attachment, None, model, quiet=True)
+    return DecisionLearner(config, attachment, Schedule.of(config, _STEPS), draw, compensation)

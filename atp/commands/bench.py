@@ -1,0 +1,159 @@
+"""`atp bench train-step | infer`: what pruning makes of a model's speed, on random weights, as ratios of one run."""
+
+import argparse
+import csv
+import dataclasses
+import io
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atp.bench import Case, ceilings, infer_cases, interleaved, pruned_copy, train_step_cases
+from atp.commands.models import random_model
+from atp.commands.output import print_table, write_json, write_text
+from atp.commands.shapes import SHAPES
+from atp.config import SPACES, ATPConfig
+from atp.errors import ConfigError
+from atp.recipe import DTYPES
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser("bench", help="speed before and after pruning, on random weights of a model's shapes")
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+    train_step = _declare(benches, "train-step", "LoRA's optimizer step: dense, under masks, under the final decision")
+    train_step.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
+    train_step.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
+    train_step.add_argument("--lora-rank", type=int, default=16, help="default 16")
+    train_step.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
+    train_step.set_defaults(cases=_train_step)
+    infer = _declare(benches, "infer", "an exported model beside the dense one: reading a prompt, writing tokens")
+    infer.add_argument("--tokens", type=int, default=512, help="of the prompt (default 512)")
+    infer.add_argument("--written", type=int, default=16, help="tokens written a call (default 16)")
+    infer.set_defaults(cases=_infer)
+
+
+def _declare(benches: Any, name: str, what: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = benches.add_parser(name, help=what)
+    parser.add_argument(
+        "--config", default="smollm2-135m", metavar="SHAPES", help=f"{', '.join(SHAPES)}, or a hub name or folder"
+    )
+    parser.add_argument("--layers", type=int, help="take this many blocks instead of all")
+    parser.add_argument("--space", choices=SPACES, default="width")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="share of prunable parameters (default 0.5)")
+    parser.add_argument("--round-to", type=int, help="kept widths are multiples of this")
+    parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32")
+    parser.add_argument("--calls", type=int, default=10, help="timed calls of each case (default 10)")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows here, with hardware and versions")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.set_defaults(run=run, bench=name)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Time the cases of one benchmark and print a table."""
+    for name in ("layers", "calls", "rows", "length", "lora_rank", "tokens", "written"):
+        if (value := getattr(arguments, name, None)) is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be an integer >= 1")
+    if arguments.csv and not Path(arguments.csv).parent.is_dir():
+        raise ConfigError(f"--csv {arguments.csv}: its folder does not exist: make it first")
+    config = ATPConfig(space=arguments.space, sparsity=arguments.sparsity, round_to=arguments.round_to)
+    torch.manual_seed(0)
+    model = random_model(arguments.config, arguments.layers, arguments.dtype)
+    machine = _machine(model.device) | ceilings(model.device, model.dtype)
+    rows = []
+    for name, cases in arguments.cases(model, config, arguments).items():
+        for result in interleaved(cases, arguments.calls):
+            rows.append({"bench": name, **dataclasses.asdict(result)})
+    setting = {
+        key: getattr(arguments, key)
+        for key in (
+            "config",
+            "layers",
+            "space",
+            "sparsity",
+            "round_to",
+            "dtype",
+            "rows",
+            "length",
+            "lora_rank",
+            "tokens",
+        )
+        if hasattr(arguments, key)
+    }
+    _print(arguments, machine, rows)
+    if arguments.csv:
+        write_text(arguments.csv, _csv([setting | row | machine for row in rows]))
+    if arguments.json:
+        write_json(arguments.json, {"setting": setting, "machine": machine, "rows": rows})
+
+
+def _train_step(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
+    batch = (arguments.rows, arguments.length)
+    return {
+        "train-step": train_step_cases(model, config, arguments.lora_rank, *batch, arguments.gradient_checkpointing)
+    }
+
+
+def _infer(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
+    return infer_cases(model.eval(), pruned_copy(model, config), arguments.tokens, arguments.written)
+
+
+def _print(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    title = (
+        f"{arguments.config}, {arguments.space} {arguments.sparsity:.0%}, {arguments.dtype} on {machine['processor']}, "
+        f"{machine['threads']} threads: matmul {machine['matmul_tflops']:.3g} TFLOP/s, "
+        f"copy {machine['copy_gb_per_s']:.3g} GB/s"
+    )
+    print_table(
+        title,
+        ("", "case", "median ms", "p20", "p80", "ratio", "limit"),
+        [
+            (
+                row["bench"],
+                row["case"],
+                row["median_ms"],
+                row["p20_ms"],
+                row["p80_ms"],
+                row["ratio"],
+                _or_empty(row["limit"]),
+            )
+            for row in rows
+        ],
+    )
+
+
+def _or_empty(value: float | None) -> float | str:
+    return "" if value is None else value
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Hardware and versions."""
+    gpu = device.type == "cuda"
+    return {
+        "processor": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

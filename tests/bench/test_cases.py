@@ -1,0 +1,99 @@
+"""What is timed. Oracles: the base model's own tensors, the callback's run, and what FLOPs are left."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from atp.bench import infer_cases, pruned_copy, train_step_cases
+from atp.config import ATPConfig
+from atp.evaluation import count_parameters, flops_per_token
+from tests import runs, tiny
+
+
+@pytest.fixture
+def base():
+    return tiny.model()
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_every_step_trains_adapters_of_its_own_on_the_same_base(base, space):
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    cases = train_step_cases(base, ATPConfig(space=space, sparsity=0.5, round_to=1), lora_rank=2, rows=2, length=8)
+    models = [case.call._model for case in cases]
+    lora = [{n: p for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    starts = [{n: p.detach().clone() for n, p in parameters.items()} for parameters in lora]
+    for case in cases:
+        case.call()
+    for model, parameters, start in zip(models, lora, starts, strict=True):
+        assert model.get_input_embeddings().weight is base.get_input_embeddings().weight
+        assert any(not torch.equal(p, start[n]) for n, p in parameters.items() if "lora_B" in n)
+        assert all(p.grad is None for p in base.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
+def test_steps_are_what_their_names_say(base):
+    cases = train_step_cases(base, ATPConfig(sparsity=0.5, round_to=1), lora_rank=2, rows=2, length=8)
+    dense, learning, eager, frozen = (case.call for case in cases)
+    for step in (dense, learning, eager, frozen):
+        step()
+    assert dense._learner is None
+    generator = {k: v.clone() for k, v in learning._learner.generator.state_dict().items()}
+    learning()
+    assert not learning._learner.frozen
+    assert any(not torch.equal(v, generator[k]) for k, v in learning._learner.generator.state_dict().items())
+    for step, compact in ((eager, False), (frozen, True)):
+        assert step._learner.frozen
+        assert step._learner.attachment.is_compact is compact
+        assert step._learner.space.sparsity(step._learner.decision()) == pytest.approx(0.5, abs=0.05)
+    assert cases[3].limit == pytest.approx(
+        flops_per_token(pruned_copy(base, ATPConfig(sparsity=0.5, round_to=1))) / flops_per_token(base), abs=0.02
+    )
+
+
+def test_steps_before_the_freeze_are_those_of_the_callback(base, tmp_path):
+    settings = {"sparsity": 0.5, "round_to": 1, "lasso": 0.0, "noise": 0.2, "noise_end": 0.2}
+    step = train_step_cases(base, ATPConfig(**settings), lora_rank=2, rows=2, length=8)[1].call
+    model = runs.peft_model(r=2, lora_alpha=4)
+    model.load_state_dict(step._model.state_dict())
+    rows = Dataset.from_dict({name: step._batch[name].tolist() for name in ("input_ids", "labels")})
+    config = ATPConfig(**settings, init="random", compensate="none", start_at=0.0, freeze_at=1.0, export=False)
+    trainer = runs.trainer(
+        tmp_path,
+        config,
+        model=model,
+        train=rows,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+    )
+    trainer.train()
+    for _ in range(3):
+        step()
+    assert runs.worst(adapter_of(step._model), runs.adapter(trainer)) < 1e-4
+
+
+def adapter_of(model):
+    return {k: v.detach() for k, v in model.state_dict().items() if "lora_" in k}
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_inference_is_of_an_export_and_its_limits_are_shares_of_weights(base, space):
+    pruned = pruned_copy(base, ATPConfig(space=space, sparsity=0.5, round_to=1))
+    cases = infer_cases(base.eval(), pruned, tokens=8, written=3)
+    head = base.lm_head.weight.numel()
+    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear)) - head
+    gone = count_parameters(base) - count_parameters(pruned)
+    assert cases["prefill"][1].limit == pytest.approx(1 - gone / linear)
+    assert cases["decode"][1].limit == pytest.approx(1 - gone / (linear + head))
+    for pair in cases.values():
+        for case in pair:
+            case.call()
+            case.call()
+
+
+def test_a_call_of_decoding_begins_where_the_prompt_ends(base):
+    decode = infer_cases(base.eval(), base, tokens=8, written=3)["decode"][0].call
+    decode()
+    assert decode._cache.get_seq_length() == 8

@@ -1,0 +1,45 @@
+"""Timings. Oracle: a clock that the cases themselves move."""
+
+import pytest
+
+from atp.bench import timing
+from atp.bench.timing import Case, interleaved
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that have passed, as `time.perf_counter` gives them."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def lasting(clock, name, *seconds):
+    """A case whose calls take `seconds`, one after the other."""
+    left = list(seconds)
+
+    def call():
+        clock[0] += left.pop(0)
+
+    return Case(name, call, limit=0.5)
+
+
+def test_median_and_percentiles_leave_the_warm_up_out(clock):
+    dense = lasting(clock, "dense", 100.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    [result] = interleaved([dense], calls=5)
+    assert (result.calls, result.p20_ms, result.median_ms, result.p80_ms) == (5, 1800.0, 3000.0, 4200.0)
+    assert (result.ratio, result.limit) == (1.0, 0.5)
+
+
+def test_a_ratio_is_taken_within_a_round(clock):
+    """A machine that slows down tenfold half-way changes no ratio."""
+    dense = lasting(clock, "dense", 1.0, 1.0, 1.0, 10.0, 10.0)
+    pruned = lasting(clock, "pruned", 1.0, 0.6, 0.6, 6.0, 6.0)
+    assert interleaved([dense, pruned], calls=4)[1].ratio == pytest.approx(0.6)
+
+
+def test_rounds_go_forwards_and_backwards(clock):
+    order = []
+    cases = [Case(name, lambda name=name: (order.append(name), clock.__setitem__(0, clock[0] + 1))) for name in "abc"]
+    interleaved(cases, calls=2, warmup_calls=0)
+    assert "".join(order) == "abccba"
