@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from atp.ops import lora_linear
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.space import KV, Axis, Space
 
@@ -69,9 +70,7 @@ class CompactLinear:
         if inputs is not None and inputs.index is not None and not inputs.passed_on:
             x = x.index_select(-1, inputs.index)
         weight, bias = self._kept_base(module, x)
-        y = linear(x, weight, bias)
-        for name in active_adapters(module):
-            y = y + self._adapter(module, name, x).to(y.dtype)
+        y = self._adapted(module, x, weight, bias)
         if outputs is not None and outputs.index is not None and not outputs.passed_on:
             y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
         return y
@@ -80,17 +79,31 @@ class CompactLinear:
         """Copy the base weight anew when it is next needed."""
         self._base.clear()
 
-    def _adapter(self, module: Any, name: str, x: Tensor) -> Tensor:
+    def _adapted(self, module: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the base layer gives and adapters add to it: one operation where there is one, of the same precision."""
+        adapters = active_adapters(module)
+        if len(adapters) == 1 and not _drops(module.lora_dropout[adapters[0]]):
+            a, b = self._kept_adapter(module, adapters[0])
+            if _computing_dtype(x, a) == weight.dtype:
+                x, a, b = (t.to(weight.dtype) for t in (x, a, b))
+                return lora_linear(x, weight, bias, a, b, module.scaling[adapters[0]])
+        y = linear(x, weight, bias)
+        for name in adapters:
+            a, b = self._kept_adapter(module, name)
+            dropped = self._dropped(module.lora_dropout[name], x.to(a.dtype))
+            y = y + (linear(linear(dropped, a), b) * module.scaling[name]).to(y.dtype)
+        return y
+
+    def _kept_adapter(self, module: Any, name: str) -> tuple[Tensor, Tensor]:
         a, b = module.lora_A[name].weight, module.lora_B[name].weight
         a = a if self.inputs is None else self.inputs.of(a, 1)
         b = b if self.outputs is None else self.outputs.of(b, 0)
-        x = self._dropped(module.lora_dropout[name], x.to(a.dtype))
-        return linear(linear(x, a), b) * module.scaling[name]
+        return a, b
 
     def _dropped(self, dropout: nn.Module, x: Tensor) -> Tensor:
         """LoRA's dropout, drawn over all inputs: the same numbers, and as many, as the masked layer draws."""
         inputs = self.inputs
-        if inputs is None or inputs.index is None or not dropout.training or isinstance(dropout, nn.Identity):
+        if inputs is None or inputs.index is None or not _drops(dropout):
             return dropout(x)
         factors = dropout(x.new_ones(*x.shape[:-1], len(inputs.keep)))
         return x * factors.index_select(-1, inputs.index)
@@ -174,6 +187,10 @@ def _side(axis: Axis | None, masks: Mapping[str, Tensor], passed_on: set[str], d
     inside = axis.set in passed_on
     leave_out = inside or keep.float().mean() <= WORTH_MOVING
     return Side(keep.to(device), torch.nonzero(keep).flatten().to(device) if leave_out else None, inside)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def _computing_dtype(x: Tensor, weight: Tensor) -> torch.dtype:

@@ -1,0 +1,66 @@
+"""A frozen linear layer and its LoRA adapter (arXiv 2106.09685) as one operation.
+
+    y = W x + b + s B (A x)
+
+`lora_linear_eager` is the definition. What adapters add is accumulated into the base layer's output, and into its
+input's gradient, by the product itself (BLAS's beta = 1), so that no full-size summand is written, scaled and added:
+one pass over the output less forwards, and one over the input backwards. Not covered: gradients of W and b, which are
+frozen; second derivatives.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """W x + b + s B (A x), `(..., out_features)`.
+
+    Args:
+        x: `(..., in_features)`; all tensors are of one dtype.
+        weight: W, `(out_features, in_features)`, frozen.
+        lora_a: A, `(rank, in_features)`.
+        lora_b: B, `(out_features, rank)`.
+        scaling: s.
+    """
+    return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling)
+
+
+def lora_linear_eager(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """The definition of `lora_linear`."""
+    return linear(x, weight, bias) + linear(linear(x, lora_a), lora_b) * scaling
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    ) -> Tensor:
+        tokens = x.flatten(0, -2)
+        inner = tokens @ lora_a.T
+        y = linear(tokens, weight, bias).addmm_(inner, lora_b.T, alpha=scaling)
+        ctx.save_for_backward(x, inner, weight, lora_a, lora_b)
+        ctx.scaling = scaling
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, lora_a, lora_b = ctx.saved_tensors
+        of_x, _, _, of_a, of_b, _ = ctx.needs_input_grad
+        tokens, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
+        of_inner = (gradient @ lora_b).mul_(ctx.scaling)
+        return (
+            (gradient @ weight).addmm_(of_inner, lora_a).view_as(x) if of_x else None,
+            None,
+            None,
+            of_inner.T @ tokens if of_a else None,
+            (gradient.T @ inner).mul_(ctx.scaling) if of_b else None,
+            None,
+        )
