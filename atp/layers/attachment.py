@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
-from atp.layers.compact import compacted, is_plain
+from atp.layers.compact import CompactLinear, compacted, is_plain
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
 from atp.structure.live import causal_lm
 from atp.structure.space import Axis, Space
@@ -38,6 +38,7 @@ class Attachment:
         device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
         self.is_compact = False
+        self._fused = False
         self._put_masks()
         self._guarded = model.base_model if isinstance(model, PeftModel) else None
         for name in _UNLOADING if self._guarded is not None else ():
@@ -61,6 +62,11 @@ class Attachment:
     def decision(self) -> dict[str, Tensor]:
         """A copy of the masks as they stand, on the CPU."""
         return {name: leaf.detach().cpu().clone() for name, leaf in self.masks.items()}
+
+    def fuse_adapters(self) -> None:
+        """Compute plain LoRA and its base layer as one operation from now on, the same up to rounding."""
+        self._fused = True
+        self._put_masks()
 
     def compact(self) -> bool:
         """Compute nothing but what the masks, 0 or 1 by now, keep: same values, fewer FLOPs, until `set_masks`.
@@ -103,8 +109,12 @@ class Attachment:
     def _put_masks(self) -> None:
         for linear in self.space.linears:
             module = self.modules[linear.path]
-            masks = LinearMasks(self._axis(linear.cols, linear.mask_cols), self._axis(linear.rows, linear.mask_rows))
-            if masks.inputs is not None or masks.outputs is not None:
+            masks = LinearMasks(
+                self._axis(linear.cols, linear.mask_cols),
+                self._axis(linear.rows, linear.mask_rows),
+                CompactLinear() if self._fused and is_plain(module) else None,
+            )
+            if masks.inputs or masks.outputs or masks.arithmetic:
                 mask_linear(module, masks)
             elif is_masked(module):
                 unmask_linear(module)

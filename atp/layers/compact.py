@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from atp.errors import UnsupportedModelError
 from atp.ops import lora_linear
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.space import KV, Axis, Space
@@ -58,10 +59,10 @@ class Side:
 
 @dataclass(eq=False)
 class CompactLinear:
-    """One layer's kept part."""
+    """One plain layer's kept part, or all of it where neither side loses anything."""
 
-    inputs: Side | None
-    outputs: Side | None
+    inputs: Side | None = None
+    outputs: Side | None = None
     _base: dict[torch.dtype, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -74,6 +75,21 @@ class CompactLinear:
         if outputs is not None and outputs.index is not None and not outputs.passed_on:
             y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
         return y
+
+    def covers(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        """Whether a call of the layer has nothing but its input (PEFT takes adapter names for every row, too).
+
+        Raises:
+            UnsupportedModelError: where it has more, and only a part of the layer is left to compute it.
+        """
+        if not args and all(value is None for value in kwargs.values()):
+            return True
+        if self.inputs is None and self.outputs is None:
+            return False
+        raise UnsupportedModelError(
+            f"a layer under a final decision was called with {', '.join(kwargs) or 'more than its input'}: "
+            "set impl to 'eager'"
+        )
 
     def forget(self) -> None:
         """Copy the base weight anew when it is next needed."""
@@ -110,12 +126,14 @@ class CompactLinear:
 
     @torch.no_grad()
     def _kept_base(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Kept weight and bias, made when they are first needed; every time while adapters are merged into them."""
+        """Kept weight and bias, made when they are first needed; every time where they are all that the base layer
+        holds, or adapters are merged into it.
+        """
         if isinstance(module, LoraLinear) and module.merged and module.disable_adapters:
             module.unmerge()  # as PEFT does
         base = base_layer(module)
         dtype = _computing_dtype(x, base.weight)
-        if isinstance(module, LoraLinear) and module.merged:
+        if (self.inputs is None and self.outputs is None) or (isinstance(module, LoraLinear) and module.merged):
             return self._cut(base, dtype)
         if dtype not in self._base:
             self._base.clear()

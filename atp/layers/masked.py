@@ -5,14 +5,12 @@ The swap adds no parameter, buffer or submodule: state-dict keys, adapters and `
 `torch.compile` sees an ordinary `forward`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from atp.errors import UnsupportedModelError
 from atp.layers.compact import OVER, CompactLinear, unmasked_class
 from atp.structure.space import Axis
 
@@ -39,11 +37,15 @@ class AxisMask:
 
 @dataclass(frozen=True, eq=False)
 class LinearMasks:
-    """The masks of one linear layer; either side may be absent. Where there is a `compact`, it takes their place."""
+    """The masks of one linear layer; either side may be absent.
+
+    Attributes:
+        arithmetic: what computes the layer in place of its own `forward`, where there is one.
+    """
 
     inputs: AxisMask | None
     outputs: AxisMask | None
-    compact: CompactLinear | None = None
+    arithmetic: CompactLinear | None = None
 
 
 def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
@@ -66,8 +68,8 @@ def masks_of(module: nn.Module) -> LinearMasks:
 
 def base_changed(module: nn.Module) -> None:
     """To be called where the base weight of a layer has changed: what computes only the kept part copies it anew."""
-    if is_masked(module) and (compact := masks_of(module).compact) is not None:
-        compact.forget()
+    if is_masked(module) and (arithmetic := masks_of(module).arithmetic) is not None:
+        arithmetic.forget()
 
 
 def is_masked(module: nn.Module) -> bool:
@@ -79,23 +81,15 @@ def is_masked(module: nn.Module) -> bool:
 def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         masks = masks_of(self)
-        if masks.compact is not None:
-            _check_plain_call(args, kwargs)
-            return masks.compact.forward(self, x)
         if masks.inputs is not None:
             x = masks.inputs.apply(x)
-        y = cls.forward(self, x, *args, **kwargs)
+        if masks.arithmetic is not None and masks.arithmetic.covers(args, kwargs):
+            y = masks.arithmetic.forward(self, x)
+        else:
+            y = cls.forward(self, x, *args, **kwargs)
         return y if masks.outputs is None else masks.outputs.apply(y)
 
     return type(f"Masked{cls.__name__}", (cls,), {"forward": forward, OVER: cls, "__module__": cls.__module__})
-
-
-def _check_plain_call(args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
-    if args or any(value is not None for value in kwargs.values()):
-        raise UnsupportedModelError(
-            f"a layer under a final decision was called with {', '.join(kwargs) or 'more than its input'}: "
-            "set impl to 'eager'"
-        )
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -63,6 +63,8 @@ class DecisionLearner:
                 f"impl='compact' needs plain linear layers, or plain LoRA on them, not quantised and not sharded, and "
                 f"{path} is none: use impl='auto'"
             )
+        if config.impl != "eager":
+            attachment.fuse_adapters()
         device = next(iter(attachment.masks.values())).device
         self.generator = _emitter(config, self.space).to(device)
         self._draw, self._compensation = draw, compensation
