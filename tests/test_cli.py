@@ -99,7 +99,9 @@ def test_eval_measures_every_model(base, tmp_path):
     assert json.loads(out.read_text())["models"][0]["tokens"] < first["tokens"]
 
 
-@pytest.mark.parametrize("options", [["train-step", "--rows", "2", "--length", "8"], ["infer", "--tokens", "8"]])
+@pytest.mark.parametrize(
+    "options", [["train-step", "--rows", "2", "--length", "8"], ["infer", "--tokens", "8"], ["export"]]
+)
 def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, options):
     table, out = tmp_path / "rows.csv", tmp_path / "rows.json"
     argv = ["bench", *options, "--config", str(base), "--layers", "2", "--round-to", "1", "--calls", "2"]

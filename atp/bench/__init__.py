@@ -1,7 +1,17 @@
-"""Timings of training steps and of exported models against dense ones, on random weights of any model's shapes."""
+"""Timings of training steps, exports and exported models, beside dense ones, on random weights of any shapes."""
 
+from atp.bench.export import export_cases
 from atp.bench.infer import infer_cases, pruned_copy
 from atp.bench.timing import Case, Result, ceilings, interleaved
 from atp.bench.train_step import train_step_cases
 
-__all__ = ["Case", "Result", "ceilings", "infer_cases", "interleaved", "pruned_copy", "train_step_cases"]
+__all__ = [
+    "Case",
+    "Result",
+    "ceilings",
+    "export_cases",
+    "infer_cases",
+    "interleaved",
+    "pruned_copy",
+    "train_step_cases",
+]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from atp.evaluation import peak_memory_mib, reset_peak_memory
+
 _MATMUL = 2048
 _COPY_BYTES = 256 << 20
 
@@ -29,7 +31,9 @@ class Case:
 class Result:
     """Milliseconds a call (median, 20th and 80th percentile), and the share of the baseline's time.
 
-    `ratio` is the median over rounds of this case's time over the first case's in the same round.
+    `ratio` is the median over rounds of this case's time over the first case's in the same round; `peak_mib` the
+    highest memory during its calls, of the GPU or the whole process, with what other cases keep there; None where that
+    cannot be known.
     """
 
     case: str
@@ -39,6 +43,7 @@ class Result:
     p80_ms: float
     ratio: float
     limit: float | None
+    peak_mib: float | None
 
 
 def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1) -> list[Result]:
@@ -50,11 +55,15 @@ def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1) -> lis
         for _ in range(warmup_calls):
             case.call()
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
+    peaks: dict[str, list[float]] = {case.name: [] for case in cases}
     for index in range(calls):
         for case in cases if index % 2 == 0 else reversed(cases):
+            measurable = reset_peak_memory()
             seconds[case.name].append(_seconds(case.call))
+            if measurable and (peak := peak_memory_mib()) is not None:
+                peaks[case.name].append(peak)
     baseline = seconds[cases[0].name]
-    return [_result(case, seconds[case.name], baseline) for case in cases]
+    return [_result(case, seconds[case.name], baseline, max(peaks[case.name], default=None)) for case in cases]
 
 
 def ceilings(device: torch.device, dtype: torch.dtype, calls: int = 5) -> dict[str, float]:
@@ -84,10 +93,11 @@ def _synchronise() -> None:
         torch.accelerator.synchronize()
 
 
-def _result(case: Case, seconds: Sequence[float], baseline: Sequence[float]) -> Result:
+def _result(case: Case, seconds: Sequence[float], baseline: Sequence[float], peak: float | None) -> Result:
     p20, p80 = _percentile(seconds, 0.2), _percentile(seconds, 0.8)
     ratio = statistics.median(own / other for own, other in zip(seconds, baseline, strict=True))
-    return Result(case.name, len(seconds), p20 * 1e3, statistics.median(seconds) * 1e3, p80 * 1e3, ratio, case.limit)
+    median = statistics.median(seconds)
+    return Result(case.name, len(seconds), p20 * 1e3, median * 1e3, p80 * 1e3, ratio, case.limit, peak)
 
 
 def _percentile(seconds: Sequence[float], share: float) -> float:

@@ -1,4 +1,4 @@
-"""`atp bench train-step | infer`: what pruning makes of a model's speed, on random weights, as ratios of one run."""
+"""`atp bench train-step | infer | export`: a model's speed before and after pruning, as ratios of one run."""
 
 import argparse
 import csv
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from atp.bench import Case, ceilings, infer_cases, interleaved, pruned_copy, train_step_cases
+from atp.bench import Case, ceilings, export_cases, infer_cases, interleaved, pruned_copy, train_step_cases
 from atp.commands.models import random_model
 from atp.commands.output import print_table, write_json, write_text
 from atp.commands.shapes import SHAPES
@@ -29,9 +29,12 @@ def add(commands: Any) -> None:
     train_step = _declare(benches, "train-step", "LoRA's optimizer step: dense, under masks, under the final decision")
     train_step.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
     train_step.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
-    train_step.add_argument("--lora-rank", type=int, default=16, help="default 16")
     train_step.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
     train_step.set_defaults(cases=_train_step)
+    export = _declare(benches, "export", "writing the smaller model of a run, beside a plain save of the dense one")
+    export.set_defaults(cases=_export)
+    for bench in (train_step, export):
+        bench.add_argument("--lora-rank", type=int, default=16, help="default 16")
     infer = _declare(benches, "infer", "an exported model beside the dense one: reading a prompt, writing tokens")
     infer.add_argument("--tokens", type=int, default=512, help="of the prompt (default 512)")
     infer.add_argument("--written", type=int, default=16, help="tokens written a call (default 16)")
@@ -100,6 +103,10 @@ def _train_step(model: Any, config: ATPConfig, arguments: argparse.Namespace) ->
     }
 
 
+def _export(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
+    return {"export": export_cases(model, config, arguments.lora_rank)}
+
+
 def _infer(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
     return infer_cases(model.eval(), pruned_copy(model, config), arguments.tokens, arguments.written)
 
@@ -112,7 +119,7 @@ def _print(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[di
     )
     print_table(
         title,
-        ("", "case", "median ms", "p20", "p80", "ratio", "limit"),
+        ("", "case", "median ms", "p20", "p80", "ratio", "limit", "peak MiB"),
         [
             (
                 row["bench"],
@@ -122,6 +129,7 @@ def _print(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[di
                 row["p80_ms"],
                 row["ratio"],
                 _or_empty(row["limit"]),
+                _or_empty(row["peak_mib"]),
             )
             for row in rows
         ],

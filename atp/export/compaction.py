@@ -17,7 +17,6 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
@@ -28,32 +27,80 @@ SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OU
 """Space `disp`: what each half of a block reads from and writes to the residual stream."""
 
 
-def compact_tensors(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the smaller model by state-dict name, on the CPU, in the base weights' dtype.
+class CompactTensors:
+    """Tensors of the smaller model, on the CPU, in the base weights' dtype, each made when it is asked for.
 
     What is not pruned is the live tensor itself where it lies on the CPU: treat the values as read-only.
 
     Args:
         masks: a hard decision, per group set `(size,)` of zeros and ones.
 
-    Raises:
-        UnsupportedModelError: naming a layer whose adapter cannot be merged.
+    Attributes:
+        names: state-dict names, those of one module side by side.
     """
-    kept = {name: torch.nonzero(mask.detach().cpu()).flatten() for name, mask in masks.items()}
-    indices = _feature_indices(kept)
-    linears = {linear.path: linear for linear in space.linears}
-    norms = {norm.path: norm for norm in space.norms}
-    source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
-    tensors: dict[str, Tensor] = {}
-    modules = tqdm(_modules(lm, "", _rest_dtype(lm)), desc="atp: merging and slicing", leave=False, delay=2)
-    for path, own in modules:
-        if path in linears:
-            own = _sliced(own, indices(linears[path].rows), indices(linears[path].cols), source_scale.get(path, 1.0))
-        elif path in norms:
-            axis = norms[path].axis
-            own = _sliced(own, indices(axis), None, 1.0 / _rms_ratio(axis, kept))
-        tensors |= {f"{path}.{name}" if path else name: tensor.detach().cpu() for name, tensor in own.items()}
-    return tensors | _selections(space, kept)
+
+    def __init__(self, lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) -> None:
+        kept = {name: torch.nonzero(mask.detach().cpu()).flatten() for name, mask in masks.items()}
+        self._kept, self._indices = kept, _feature_indices(kept)
+        self._linears = {linear.path: linear for linear in space.linears}
+        self._norms = {norm.path: norm for norm in space.norms}
+        self._source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
+        self._dtype = _rest_dtype(lm)
+        self._modules = dict(_modules(lm, ""))
+        self._selections = _selections(space, kept)
+        self._owner = {
+            f"{path}.{name}" if path else name: (path, name)
+            for path, module in self._modules.items()
+            for name in _names(module)
+        }
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    @property
+    def names(self) -> list[str]:
+        """State-dict names, those of one module side by side."""
+        return [*self._owner, *self._selections]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor of that name.
+
+        Raises:
+            UnsupportedModelError: naming a layer whose adapter cannot be merged.
+        """
+        if name in self._selections:
+            return self._selections[name]
+        path, own = self._owner[name]
+        if self._last[0] != path or own not in self._last[1]:
+            self._last = (path, self._made(path))
+        return self._last[1][own].detach().cpu()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of the tensor of that name, which is not made for it."""
+        if name in self._selections:
+            return self._selections[name].dtype
+        path, own = self._owner[name]
+        module = self._modules[path]
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        if isinstance(module, nn.Linear) and is_quantised(module):
+            return self._dtype
+        return _own_tensors(module)[own].dtype
+
+    def _made(self, path: str) -> dict[str, Tensor]:
+        module = self._modules[path]
+        if isinstance(module, BaseTunerLayer):
+            own = _merged(module, path, self._dtype)
+        elif isinstance(module, nn.Linear) and is_quantised(module):
+            own = _dequantised(module, path, self._dtype)
+        else:
+            own = _own_tensors(module)
+        if path in self._linears:
+            linear = self._linears[path]
+            rows, cols = self._indices(linear.rows), self._indices(linear.cols)
+            return _sliced(own, rows, cols, self._source_scale.get(path, 1.0))
+        if path in self._norms:
+            axis = self._norms[path].axis
+            return _sliced(own, self._indices(axis), None, 1.0 / _rms_ratio(axis, self._kept))
+        return own
 
 
 def _feature_indices(kept: Mapping[str, Tensor]) -> Callable[[Axis | None], Tensor | None]:
@@ -98,19 +145,24 @@ def _rest_dtype(lm: PreTrainedModel) -> torch.dtype:
     return lm.get_input_embeddings().weight.dtype
 
 
-def _modules(module: nn.Module, path: str, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every module's own tensors under the path it has without adapters, adapters merged."""
+def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Every module that holds tensors, under the path it has without adapters; an adapter's is one with its base."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         module = _active_module(module, path)
+    yield path, module
     if isinstance(module, BaseTunerLayer):
-        yield path, _merged(module, path, dtype)
         return
-    if isinstance(module, nn.Linear) and is_quantised(module):
-        yield path, _dequantised(module, path, dtype)
-        return
-    yield path, _own_tensors(module)
     for name, child in module.named_children():
-        yield from _modules(child, f"{path}.{name}" if path else name, dtype)
+        yield from _modules(child, f"{path}.{name}" if path else name)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Of the tensors that a module itself has in the smaller model."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.Linear) and is_quantised(module):
+        return ["weight"] if module.bias is None else ["weight", "bias"]
+    return list(_own_tensors(module))
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:

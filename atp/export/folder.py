@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from atp.errors import ATPError
-from atp.export.compaction import compact_tensors
+from atp.export.compaction import CompactTensors
 from atp.export.layout import empty_model
+from atp.export.weights import write_weights
 from atp.files import written_beside
 from atp.layers import attachment_of
 from atp.structure.live import causal_lm
@@ -54,45 +55,52 @@ def export(
     out = Path(out).absolute()
     if out.exists() and not overwrite:
         raise ATPError(f"{out} exists: choose another folder or pass overwrite=True")
-    compact = compacted(causal_lm(model), attachment.space, decision)
     with written_beside(out) as folder:
-        compact.save_pretrained(folder)
+        _save(causal_lm(model), attachment.space, decision, folder)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
     return out
 
 
-def compacted(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The smaller model with its weights, to be saved: buffers that are not saved stay on the meta device."""
-    compact = empty_model(lm, space, masks)
-    tensors = compact_tensors(lm, space, masks)
-    head, embedding = compact.get_output_embeddings(), compact.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight and not _still_tied(compact, tensors):
-        compact.config.tie_word_embeddings = False
+def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder: Path) -> None:
+    """As `save_pretrained` of the smaller model, whose tensors are made as they are written."""
+    shell, tensors = empty_model(lm, space, masks), CompactTensors(lm, space, masks)
+    head, embedding = shell.get_output_embeddings(), shell.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight and not _still_tied(shell, tensors):
+        shell.config.tie_word_embeddings = False
         head.weight = nn.Parameter(torch.empty_like(head.weight))
-    tensors |= _zero_biases(compact, tensors)
-    compact.load_state_dict(tensors, strict=True, assign=True)
-    compact.tie_weights()
-    compact.generation_config = copy.deepcopy(lm.generation_config)
-    return compact
+    shapes = {name: tensor.shape for name, tensor in shell.state_dict().items()}
+    biases = _zero_biases(shell, tensors)
+    dtypes = {name: tensors.dtype(name) for name in tensors.names} | biases
+    plan = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    shell.load_state_dict(plan, strict=True, assign=True)
+    shell.tie_weights()
+    shell.generation_config = copy.deepcopy(lm.generation_config)
+    shell.save_pretrained(folder, state_dict={})  # configs, and the modelling file where there is one
+    own = {name for name, _ in (*shell.named_parameters(), *shell.named_buffers())}  # tied weights once
+
+    def make(name: str) -> Tensor:
+        return torch.zeros(shapes[name], dtype=biases[name]) if name in biases else tensors[name]
+
+    write_weights(folder, {name: tensor for name, tensor in plan.items() if name in own}, make)
 
 
-def _zero_biases(compact: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Biases of layers that got none, in models where the same layer of another block did."""
-    blocks = compact.config.atp.get("blocks", {})
+def _zero_biases(shell: PreTrainedModel, tensors: CompactTensors) -> dict[str, torch.dtype]:
+    """Biases of layers that got none, in models where the same layer of another block did, and their dtypes."""
+    blocks = shell.config.atp.get("blocks", {})
     ends = tuple(f".{path}.bias" for path in blocks.get("biases", ()))
-    missing = {name: p for name, p in compact.named_parameters() if name.endswith(ends) and name not in tensors}
-    return {n: torch.zeros(p.shape, dtype=tensors[n.removesuffix("bias") + "weight"].dtype) for n, p in missing.items()}
+    missing = {name for name, _ in shell.named_parameters() if name.endswith(ends)} - set(tensors.names)
+    return {name: tensors.dtype(f"{name.removesuffix('bias')}weight") for name in sorted(missing)}
 
 
-def _still_tied(compact: PreTrainedModel, tensors: Mapping[str, Tensor]) -> bool:
+def _still_tied(shell: PreTrainedModel, tensors: CompactTensors) -> bool:
     """Whether merging adapters left head and embedding equal."""
-    weights = [
+    first, *others = [
         tensors[name]
-        for name, p in compact.named_parameters(remove_duplicate=False)
-        if p is compact.get_input_embeddings().weight
+        for name, p in shell.named_parameters(remove_duplicate=False)
+        if p is shell.get_input_embeddings().weight
     ]
-    return all(torch.equal(weights[0], other) for other in weights[1:])
+    return all(torch.equal(first, other) for other in others)
 
 
 def _check_decision(space: Space, masks: Mapping[str, Tensor]) -> None:

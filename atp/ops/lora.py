@@ -27,6 +27,8 @@ def lora_linear(
         lora_b: B, `(out_features, rank)`.
         scaling: s.
     """
+    if torch.compiler.is_compiling():  # which fuses what it can by itself
+        return lora_linear_eager(x, weight, bias, lora_a, lora_b, scaling)
     return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling)
 
 

@@ -1,12 +1,15 @@
 """What is timed. Oracles: the base model's own tensors, the callback's run, and what FLOPs are left."""
 
+import tempfile
+
 import pytest
 import torch
 from datasets import Dataset
 
-from atp.bench import infer_cases, pruned_copy, train_step_cases
+from atp.bench import export_cases, infer_cases, pruned_copy, train_step_cases
 from atp.config import ATPConfig
 from atp.evaluation import count_parameters, flops_per_token
+from atp.export import export, load
 from tests import runs, tiny
 
 
@@ -76,6 +79,17 @@ def test_steps_before_the_freeze_are_those_of_the_callback(base, tmp_path):
 
 def adapter_of(model):
     return {k: v.detach() for k, v in model.state_dict().items() if "lora_" in k}
+
+
+def test_export_writes_the_smaller_model_and_leaves_nothing(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    written = []
+    monkeypatch.setattr("atp.bench.export.export", lambda model, out: written.append(load(export(model, out))))
+    dense, pruned = (case.call for case in export_cases(base, ATPConfig(sparsity=0.5, round_to=1), lora_rank=2))
+    dense()
+    pruned()
+    assert written[0].config.atp["sparsity"] == pytest.approx(0.5, abs=0.05)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("space", ["width", "disp"])

@@ -53,7 +53,6 @@ def test_inputs_that_need_no_gradient_get_none():
     assert torch.allclose(of_a, *expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler does
 def test_compiles_into_one_graph():
     given = arguments(*SHAPES[2], dtype=torch.float32)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")

@@ -1,0 +1,75 @@
+"""Writing a model's weights one tensor at a time, so that saving needs no memory for a second model.
+
+The files are those of `save_pretrained`: `model.safetensors`, or shards of it and their index. The format: the header's
+length (8 bytes, little-endian), the header (JSON: dtype, shape and bytes from-to of every tensor), and the bytes.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+MAX_SHARD_SIZE = "50GB"
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNMENT = 8
+
+
+def write_weights(
+    folder: Path, plan: Mapping[str, Tensor], make: Callable[[str], Tensor], max_shard_size: int | str = MAX_SHARD_SIZE
+) -> None:
+    """Write the tensors named in `plan` into `folder`.
+
+    Args:
+        plan: what is to be written, on the meta device.
+        make: gives a tensor by name, of the shape and dtype in `plan`; called once each, in the order of `plan`.
+    """
+    split = split_torch_state_dict_into_shards(dict(plan), max_shard_size=max_shard_size)
+    with tqdm(total=len(plan), desc="atp: merging, slicing and writing", leave=False, delay=2) as progress:
+        for name, tensors in split.filename_to_tensors.items():
+            with (folder / name).open("wb") as file:
+                file.write(_header({tensor: plan[tensor] for tensor in tensors}))
+                for tensor in tensors:
+                    _write(file, make(tensor), plan[tensor])
+                    progress.update()
+    if split.is_sharded:
+        parameters = sum(tensor.numel() for tensor in plan.values())
+        index = {
+            "metadata": {"total_parameters": parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: BinaryIO, tensor: Tensor, planned: Tensor) -> None:
+    assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype)
+    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
