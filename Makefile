@@ -20,7 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m compileall -q atp examples tests
-	$(BIN)/python benchmarks/quality/tables.py --check
+	$(BIN)/python benchmarks/tables.py --check
 
 clean:
 	rm -rf $(VENV) .quickstart

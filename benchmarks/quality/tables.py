@@ -1,13 +1,10 @@
-"""Tables and plots of the READMEs, here and at the top, from the raw rows: `python benchmarks/quality/tables.py`.
+"""The tables of `quality/README.md` and of the project's README, from the raw rows.
 
 Each folder `results/SETTING/` is the `--out` of one `atp compare`, of which `rows.jsonl` is committed. Those named
-MODEL_DOMAIN_SPACE_STEPS, and nothing after it, are in the table at the top. `--check` says whether the READMEs are what
-the rows give, and changes nothing.
+MODEL_DOMAIN_SPACE_STEPS, and nothing after it, are in the table at the top.
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from atp.report.summary import Cell
 from atp.strategies import DENSE, is_two_stage
 
 HERE = Path(__file__).parent
-TOP = HERE.parents[1]
 PLOTS = {"perplexity_by_sparsity.png": sparsity_plot, "perplexity_by_size.png": size_plot}
 MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M"}
 AT_THE_TOP = re.compile(rf"({'|'.join(MODELS)})_([a-z]+)_(width|disp)_\d+")
@@ -27,28 +23,9 @@ COLUMNS = (
 )
 
 
-def main() -> None:
-    """Write, or check."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a README is not what the rows give")
-    check = parser.parse_args().check
-    folders = [path.parent for path in sorted(HERE.glob("results/*/rows.jsonl"))]
-    parts = {HERE: "\n".join(section(folder, draw=not check) for folder in folders), TOP: top_table(folders)}
-    for place, part in parts.items():
-        readme = place / "README.md"
-        before = readme.read_text(encoding="utf-8")
-        after = put(before, part)
-        if not check:
-            readme.write_text(after, encoding="utf-8")
-        elif before != after:
-            sys.exit(f"{readme} is not what the rows give: run {Path(__file__).name}")
-
-
-def put(text: str, part: str) -> str:
-    """`text` with `part` between its two marks."""
-    begin, end = "<!-- tables: begin -->", "<!-- tables: end -->"
-    head, _, rest = text.partition(begin)
-    return f"{head}{begin}\n\n{part}\n{end}{rest.partition(end)[2]}"
+def part(draw: bool) -> str:
+    """A section for every folder of rows; `draw`: write its plots, too."""
+    return "\n".join(section(folder, draw) for folder in _folders())
 
 
 def section(folder: Path, draw: bool) -> str:
@@ -65,10 +42,10 @@ def section(folder: Path, draw: bool) -> str:
     return f"### {folder.name}\n\n{made_with}.\n\n{body}\n"
 
 
-def top_table(folders: list[Path]) -> str:
+def top_table() -> str:
     """What matters, a line for each setting and sparsity at which `atp` has run; perplexities."""
     lines = [COLUMNS, ("---", *["---:"] * (len(COLUMNS) - 1))]
-    for folder in folders:
+    for folder in _folders():
         if found := AT_THE_TOP.fullmatch(folder.name):
             model, domain, space = found.groups()
             lines += top_lines(
@@ -101,5 +78,5 @@ def perplexity(cell: Cell) -> str:
     return f"{cell.perplexity.mean:.2f}"
 
 
-if __name__ == "__main__":
-    main()
+def _folders() -> list[Path]:
+    return [path.parent for path in sorted(HERE.glob("results/*/rows.jsonl"))]
