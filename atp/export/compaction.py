@@ -1,6 +1,6 @@
 """Compaction: a live model and its decision -> the tensors of the smaller dense model.
 
-Adapters are merged in float32, then rows and columns of pruned groups are left out. Because the masks act on the base
+Adapters are merged in float32; rows and columns of pruned groups are left out. Because the masks act on the base
 path and the LoRA path alike, the result computes what the masked model computes.
 
 A norm over all heads (OLMo 2) divides by the root of sum(x^2) / H. With H' features left, its source is scaled by
@@ -11,6 +11,7 @@ The live model is left bit for bit as it was. Not covered: DoRA or `lora_bias` o
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
-from atp.structure.live import dequantised_weight, is_quantised
+from atp.layers.compact import is_plain
+from atp.structure.live import active_adapters, base_layer, dequantised_weight, is_quantised
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
 
 SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
@@ -87,6 +89,10 @@ class CompactTensors:
 
     def _made(self, path: str) -> dict[str, Tensor]:
         module = self._modules[path]
+        if path in self._linears and is_plain(module):
+            linear = self._linears[path]
+            rows, cols = self._indices(linear.rows), self._indices(linear.cols)
+            return _scaled(_merged_plain(module, path, rows, cols), self._source_scale.get(path, 1.0))
         if isinstance(module, BaseTunerLayer):
             own = _merged(module, path, self._dtype)
         elif isinstance(module, nn.Linear) and is_quantised(module):
@@ -119,13 +125,20 @@ def _rms_ratio(axis: Axis, kept: Mapping[str, Tensor]) -> float:
 
 def _sliced(own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None, scale: float) -> dict[str, Tensor]:
     """A layer's weight and bias without pruned rows and columns, times `scale`."""
-    result = {}
-    for name, tensor in own.items():
-        tensor = tensor if rows is None else tensor.index_select(0, rows.to(tensor.device))
-        if cols is not None and tensor.ndim == 2:
-            tensor = tensor.index_select(1, cols.to(tensor.device))
-        result[name] = tensor if scale == 1.0 else (tensor.float() * scale).to(tensor.dtype)
-    return result
+    return _scaled(
+        {name: _kept(tensor, rows, cols if tensor.ndim == 2 else None) for name, tensor in own.items()}, scale
+    )
+
+
+def _kept(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+    tensor = tensor if rows is None else tensor.index_select(0, rows.to(tensor.device))
+    return tensor if cols is None else tensor.index_select(1, cols.to(tensor.device))
+
+
+def _scaled(own: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    if scale == 1.0:
+        return dict(own)
+    return {name: (tensor.float() * scale).to(tensor.dtype) for name, tensor in own.items()}
 
 
 def _selections(space: Space, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,6 +194,23 @@ def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
     if isinstance(wrapper, TrainableTokensWrapper):
         return wrapper.token_adapter
     raise UnsupportedModelError(f"{path}: a {type(wrapper).__name__} cannot be merged: remove it before exporting")
+
+
+@torch.no_grad()
+def _merged_plain(layer: Any, path: str, rows: Tensor | None, cols: Tensor | None) -> dict[str, Tensor]:
+    """What stays of a plain linear layer, W[rows][:, cols] + s B[rows] A[:, cols] over active adapters."""
+    own = {
+        name: _kept(parameter.data, rows, cols if parameter.ndim == 2 else None)
+        for name, parameter in base_layer(layer).named_parameters(recurse=False)
+    }
+    merged, dtype = own["weight"], own["weight"].dtype
+    try:
+        for name in active_adapters(layer):
+            a, b = _kept(layer.lora_A[name].weight, None, cols), _kept(layer.lora_B[name].weight, rows, None)
+            merged = torch.addmm(merged.float(), b.float(), a.float(), alpha=layer.scaling[name])
+    except (IndexError, RuntimeError) as error:
+        raise UnsupportedModelError(f"{path}: this adapter cannot be merged: {error}") from None
+    return own | {"weight": merged.to(dtype)}
 
 
 @torch.no_grad()
