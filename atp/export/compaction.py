@@ -203,11 +203,14 @@ def _merged_plain(layer: Any, path: str, rows: Tensor | None, cols: Tensor | Non
         name: _kept(parameter.data, rows, cols if parameter.ndim == 2 else None)
         for name, parameter in base_layer(layer).named_parameters(recurse=False)
     }
-    merged, dtype = own["weight"], own["weight"].dtype
+    adapters, dtype = active_adapters(layer), own["weight"].dtype
+    if not adapters:
+        return own
+    merged = own.pop("weight").to(torch.float32, copy=rows is None and cols is None)
     try:
-        for name in active_adapters(layer):
+        for name in adapters:
             a, b = _kept(layer.lora_A[name].weight, None, cols), _kept(layer.lora_B[name].weight, rows, None)
-            merged = torch.addmm(merged.float(), b.float(), a.float(), alpha=layer.scaling[name])
+            merged.addmm_(b.float(), a.float(), alpha=layer.scaling[name])
     except (IndexError, RuntimeError) as error:
         raise UnsupportedModelError(f"{path}: this adapter cannot be merged: {error}") from None
     return own | {"weight": merged.to(dtype)}
