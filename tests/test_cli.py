@@ -261,7 +261,8 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_every_command_in_the_readme_parses():
-    commands = re.findall(r"(?:^    |-m )(atp (?:train|export|eval|inspect|compare|bench) [^#\n]+)", README.read_text(), re.M)
+    names = "train|export|eval|inspect|compare|bench"
+    commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", README.read_text(), re.M)
     assert len(commands) >= 4
     for command in commands:
         build_parser().parse_args(shlex.split(command)[1:])
