@@ -33,7 +33,6 @@ from atp.structure.space import Space, build_space
 from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
-from atp.training.proximal import proximal_step
 from atp.training.run import PruningRun
 from atp.training.state import FOLDER, check_same_run, load_state, save_state
 
@@ -129,12 +128,9 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The proximal step on LoRA, with the learning rate that this optimizer step used."""
-        learner, optimizer = self.learner, kwargs["optimizer"]
-        if learner.frozen or getattr(optimizer, "step_was_skipped", False):
-            return
-        masks = {name: leaf.detach() for name, leaf in learner.attachment.masks.items()}
-        beta = learner.schedule.lasso(state.global_step)
-        proximal_step(learner.space, learner.attachment.modules, masks, optimizer.param_groups[0]["lr"], beta)
+        optimizer = kwargs["optimizer"]
+        if not getattr(optimizer, "step_was_skipped", False):
+            self.learner.proximal_step(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation sees the noise-free decision."""

@@ -102,10 +102,10 @@ class ATPConfig:
             backward passes over calibration rows need no more memory than a training step.
 
     Other:
-        impl: how layers compute: `"eager"` as they always do, times the masks; `"compact"` LoRA and its base layer as
-            one operation, and once the decision is final only what is kept, with the same values up to rounding;
-            `"auto"` does so where every pruned layer is a plain linear layer or plain LoRA on one (not quantised,
-            sharded or DoRA).
+        impl: how layers compute: `"eager"` as they always do, times the masks. `"auto"` computes plain LoRA (not
+            quantised, sharded, DoRA, or with a base that is trained) and its base layer as one operation, and once the
+            decision is final only what is kept, if every pruned layer is such a one or a frozen linear layer; values
+            are the same up to rounding. `"compact"` likewise, and is an error where not every layer is.
         export: write `pruned/` when training ends.
         seed: of the private random streams; the global ones are never touched.
     """

@@ -100,7 +100,12 @@ def test_eval_measures_every_model(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["train-step", "--rows", "2", "--length", "8"], ["infer", "--tokens", "8"], ["export"]]
+    "options",
+    [
+        ["train-step", "--rows", "2", "--length", "8", "--gradient-checkpointing"],
+        ["infer", "--tokens", "8"],
+        ["export"],
+    ],
 )
 def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, options):
     table, out = tmp_path / "rows.csv", tmp_path / "rows.json"
@@ -119,6 +124,7 @@ def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--layers", "40"], "smollm2-135m has 30 blocks"),
         (["--calls", "0"], "--calls must be an integer >= 1"),
         (["--sparsity", "1.5"], "sparsity=1.5 is not allowed"),
         (["--config", "./nowhere"], "./nowhere: no such folder"),

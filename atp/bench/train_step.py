@@ -1,10 +1,11 @@
 """Optimizer steps of a run: plain LoRA, under masks that are being learned, and under the final decision.
 
 Every case is a model of its own on the same base weights, and takes the steps that `ATPCallback` makes the Trainer
-take: generator, LoRA, proximal step. Not covered: the Trainer's own bookkeeping; distillation; scoring and refitting,
-which a run does once.
+take: generator, LoRA, proximal step. Not covered: the Trainer's own bookkeeping and gradient clipping; distillation;
+`mode="alternating"`; scoring and refitting, which a run does once.
 """
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 
@@ -22,7 +23,6 @@ from atp.structure.discovery import discover
 from atp.structure.space import build_space
 from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
-from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
 from atp.training.start import start
 
@@ -59,11 +59,8 @@ class OptimizerStep:
             learner.update_from_step()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        if learner is not None and not learner.frozen:
-            attachment = learner.attachment
-            masks = {name: leaf.detach() for name, leaf in attachment.masks.items()}
-            beta = learner.schedule.lasso(self._step)
-            proximal_step(attachment.space, attachment.modules, masks, _LEARNING_RATE, beta)
+        if learner is not None:
+            learner.proximal_step(_LEARNING_RATE)
         self._step += 1
 
 
@@ -73,7 +70,8 @@ def train_step_cases(
     """Steps of `rows` times `length` tokens; in bfloat16 autocast where `base` is in that format.
 
     Args:
-        config: `space`, `sparsity`, `mode` and the generator's settings count; decisions start at random.
+        config: `space`, `sparsity` and the generator's settings count; decisions start at random and are learned in
+            the LoRA step itself (`mode="joint"`).
         checkpointing: gradient checkpointing, in all cases alike.
     """
     autocast = base.dtype == torch.bfloat16
@@ -84,7 +82,8 @@ def train_step_cases(
     def adapted() -> PeftModel:
         model = on_the_same_tensors(base)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its only name in 5.17
+                model.gradient_checkpointing_enable({"use_reentrant": False})
         model = get_peft_model(model, lora)
         return model.train()
 
@@ -106,6 +105,7 @@ def train_step_cases(
 
 def _learner(model: PeftModel, config: ATPConfig, freeze_at: float, impl: str) -> DecisionLearner:
     values = config.to_dict() | {
+        "mode": "joint",
         "init": "random",
         "compensate": "none",
         "start_at": 0.0,

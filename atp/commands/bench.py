@@ -21,6 +21,8 @@ from atp.config import SPACES, ATPConfig
 from atp.errors import ConfigError
 from atp.recipe import DTYPES
 
+_NOT_SETTINGS = ("bench", "run", "cases", "calls", "csv", "json", "overrides")
+
 
 def add(commands: Any) -> None:
     """Declare the command."""
@@ -73,22 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, cases in arguments.cases(model, config, arguments).items():
         for result in interleaved(cases, arguments.calls):
             rows.append({"bench": name, **dataclasses.asdict(result)})
-    setting = {
-        key: getattr(arguments, key)
-        for key in (
-            "config",
-            "layers",
-            "space",
-            "sparsity",
-            "round_to",
-            "dtype",
-            "rows",
-            "length",
-            "lora_rank",
-            "tokens",
-        )
-        if hasattr(arguments, key)
-    }
+    setting = {key: value for key, value in vars(arguments).items() if key not in _NOT_SETTINGS}
     _print(arguments, machine, rows)
     if arguments.csv:
         write_text(arguments.csv, _csv([setting | row | machine for row in rows]))

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from atp.commands.shapes import SHAPES, config_of
-from atp.errors import ATPError, ModelError, UnsupportedModelError
+from atp.errors import ATPError, ConfigError, ModelError, UnsupportedModelError
 
 
 def load_model(name: str, gguf_file: str | None = None, dtype: str = "auto") -> PreTrainedModel:
@@ -66,9 +66,12 @@ def random_model(name: str, layers: int | None = None, dtype: str = "float32") -
     """
     config = _config(name)
     if layers is not None:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        text = config.get_text_config()
+        if layers > text.num_hidden_layers:
+            raise ConfigError(f"{name} has {text.num_hidden_layers} blocks: ask for no more than those, not {layers}")
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     return _from_config(name, config, best_device(), getattr(torch, dtype))
 
 

@@ -72,6 +72,7 @@ class CompactTensors:
             return self._selections[name]
         path, own = self._owner[name]
         if self._last[0] != path or own not in self._last[1]:
+            self._last = ("", {})  # gone before the next ones are made
             self._last = (path, self._made(path))
         return self._last[1][own].detach().cpu()
 
@@ -126,11 +127,11 @@ def _rms_ratio(axis: Axis, kept: Mapping[str, Tensor]) -> float:
 def _sliced(own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None, scale: float) -> dict[str, Tensor]:
     """A layer's weight and bias without pruned rows and columns, times `scale`."""
     return _scaled(
-        {name: _kept(tensor, rows, cols if tensor.ndim == 2 else None) for name, tensor in own.items()}, scale
+        {name: _cut(tensor, rows, cols if tensor.ndim == 2 else None) for name, tensor in own.items()}, scale
     )
 
 
-def _kept(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+def _cut(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     tensor = tensor if rows is None else tensor.index_select(0, rows.to(tensor.device))
     return tensor if cols is None else tensor.index_select(1, cols.to(tensor.device))
 
@@ -200,7 +201,7 @@ def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
 def _merged_plain(layer: Any, path: str, rows: Tensor | None, cols: Tensor | None) -> dict[str, Tensor]:
     """What stays of a plain linear layer, W[rows][:, cols] + s B[rows] A[:, cols] over active adapters."""
     own = {
-        name: _kept(parameter.data, rows, cols if parameter.ndim == 2 else None)
+        name: _cut(parameter.data, rows, cols if parameter.ndim == 2 else None)
         for name, parameter in base_layer(layer).named_parameters(recurse=False)
     }
     adapters, dtype = active_adapters(layer), own["weight"].dtype
@@ -209,7 +210,7 @@ def _merged_plain(layer: Any, path: str, rows: Tensor | None, cols: Tensor | Non
     merged = own.pop("weight").to(torch.float32, copy=rows is None and cols is None)
     try:
         for name in adapters:
-            a, b = _kept(layer.lora_A[name].weight, None, cols), _kept(layer.lora_B[name].weight, rows, None)
+            a, b = _cut(layer.lora_A[name].weight, None, cols), _cut(layer.lora_B[name].weight, rows, None)
             merged.addmm_(b.float(), a.float(), alpha=layer.scaling[name])
     except (IndexError, RuntimeError) as error:
         raise UnsupportedModelError(f"{path}: this adapter cannot be merged: {error}") from None

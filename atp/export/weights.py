@@ -15,6 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from atp.errors import CheckpointError, UnsupportedModelError
+
 MAX_SHARD_SIZE = "50GB"
 
 _DTYPES = {
@@ -39,11 +41,17 @@ def write_weights(
 
     Args:
         plan: what is to be written, on the meta device.
-        make: gives a tensor by name, of the shape and dtype in `plan`; called once each, in the order of `plan`.
+        make: gives a tensor by name, of the shape and dtype in `plan`; called once each.
+
+    Raises:
+        UnsupportedModelError: naming a tensor whose dtype the format does not have.
     """
+    if unknown := [name for name, tensor in plan.items() if tensor.dtype not in _DTYPES]:
+        raise UnsupportedModelError(f"{unknown[0]}: {plan[unknown[0]].dtype} cannot be written: convert it first")
     split = split_torch_state_dict_into_shards(dict(plan), max_shard_size=max_shard_size)
     with tqdm(total=len(plan), desc="atp: merging, slicing and writing", leave=False, delay=2) as progress:
         for name, tensors in split.filename_to_tensors.items():
+            tensors = sorted(tensors, key=lambda tensor: -plan[tensor].element_size())  # all are aligned, then
             with (folder / name).open("wb") as file:
                 file.write(_header({tensor: plan[tensor] for tensor in tensors}))
                 for tensor in tensors:
@@ -71,5 +79,6 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _write(file: BinaryIO, tensor: Tensor, planned: Tensor) -> None:
-    assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype)
+    if (tensor.shape, tensor.dtype) != (planned.shape, planned.dtype):
+        raise CheckpointError(f"a tensor is {tuple(tensor.shape)} where {tuple(planned.shape)} was said: report this")
     file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
@@ -64,12 +65,12 @@ class Attachment:
         return {name: leaf.detach().cpu().clone() for name, leaf in self.masks.items()}
 
     def fuse_adapters(self) -> None:
-        """Compute plain LoRA and its base layer as one operation from now on, the same up to rounding."""
+        """Compute LoRA and its base layer as one operation from now on, the same up to rounding, where it is plain."""
         self._fused = True
         self._put_masks()
 
     def compact(self) -> bool:
-        """Compute nothing but what the masks, 0 or 1 by now, keep: same values, fewer FLOPs, until `set_masks`.
+        """Compute nothing but what the masks, 0 or 1 by now, keep: the same up to rounding, until `set_masks`.
 
         Returns:
             False, and nothing changes, where the model has layers other than plain linear and plain LoRA ones.
@@ -112,7 +113,7 @@ class Attachment:
             masks = LinearMasks(
                 self._axis(linear.cols, linear.mask_cols),
                 self._axis(linear.rows, linear.mask_rows),
-                CompactLinear() if self._fused and is_plain(module) else None,
+                CompactLinear() if self._fused and isinstance(module, LoraLinear) else None,
             )
             if masks.inputs or masks.outputs or masks.arithmetic:
                 mask_linear(module, masks)

@@ -1,8 +1,8 @@
-"""What a linear layer computes once its masks are final: the rows and columns that stay, and nothing else.
+"""What a plain linear layer computes, LoRA and base as one; once its masks are final, the rows and columns that stay.
 
-y = W[rows][:, cols] x[cols] + s B[rows] (A[:, cols] x[cols]), the very values of the masked layer. LoRA's A and B stay
-the parameters that they were, at full size, so that optimizer states, checkpoints and exports know nothing of it; the
-base weight is copied when it is first needed, in the dtype that the layer computes in.
+y = W[rows][:, cols] x[cols] + s B[rows] (A[:, cols] x[cols]), the values of the masked layer up to rounding. LoRA's A
+and B stay the parameters that they were, at full size, so that optimizer states, checkpoints and exports know nothing
+of it; what is kept of the base weight is copied when it is first needed, in the dtype that the layer computes in.
 
 Between the layers of one block, KV groups and MLP channels that are gone are not there at all: attention and activation
 run on what is left. Residual dimensions are gathered and scattered, or multiplied by zero in the weight where so few
@@ -76,16 +76,25 @@ class CompactLinear:
             y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
         return y
 
-    def covers(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
-        """Whether a call of the layer has nothing but its input (PEFT takes adapter names for every row, too).
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.inputs is None and self.outputs is None
+
+    def covers(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> bool:
+        """Whether to compute a call of the layer in place of its own `forward`.
+
+        Not where all of the layer is there and somebody looks into it, or it is plain no more.
 
         Raises:
-            UnsupportedModelError: where it has more, and only a part of the layer is left to compute it.
+            UnsupportedModelError: where the call has more than an input (PEFT takes adapter names for every row), and
+                only a part of the layer is left to compute it.
         """
-        if not args and all(value is None for value in kwargs.values()):
+        nothing_else = not args and all(value is None for value in kwargs.values())
+        if self.is_whole:
+            return nothing_else and is_plain(module) and not _is_looked_into(module)
+        if nothing_else:
             return True
-        if self.inputs is None and self.outputs is None:
-            return False
         raise UnsupportedModelError(
             f"a layer under a final decision was called with {', '.join(kwargs) or 'more than its input'}: "
             "set impl to 'eager'"
@@ -133,7 +142,7 @@ class CompactLinear:
             module.unmerge()  # as PEFT does
         base = base_layer(module)
         dtype = _computing_dtype(x, base.weight)
-        if (self.inputs is None and self.outputs is None) or (isinstance(module, LoraLinear) and module.merged):
+        if self.is_whole or (isinstance(module, LoraLinear) and module.merged):
             return self._cut(base, dtype)
         if dtype not in self._base:
             self._base.clear()
@@ -169,8 +178,10 @@ def compacted(space: Space, lm: nn.Module, masks: Mapping[str, Tensor]) -> dict[
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a layer, masked or not, computes W x + b, or that plus plain LoRA, in floating point."""
+    """Whether a layer, masked or not, computes W x + b, frozen, or that plus plain LoRA, in floating point."""
     base = base_layer(module)
+    if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
+        return False
     if unmasked_class(base) is not nn.Linear or is_quantised(base) or type(base.weight.data) is not Tensor:
         return False  # the last: sharded over processes
     if module is base:
@@ -205,6 +216,12 @@ def _side(axis: Axis | None, masks: Mapping[str, Tensor], passed_on: set[str], d
     inside = axis.set in passed_on
     leave_out = inside or keep.float().mean() <= WORTH_MOVING
     return Side(keep.to(device), torch.nonzero(keep).flatten().to(device) if leave_out else None, inside)
+
+
+def _is_looked_into(module: Any) -> bool:
+    """Whether a module inside a LoRA layer has hooks, or a `forward` that somebody has put in its place."""
+    inner = (module.get_base_layer(), *module.lora_A.values(), *module.lora_B.values())
+    return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in inner)
 
 
 def _drops(dropout: nn.Module) -> bool:

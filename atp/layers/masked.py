@@ -83,7 +83,7 @@ def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
         masks = masks_of(self)
         if masks.inputs is not None:
             x = masks.inputs.apply(x)
-        if masks.arithmetic is not None and masks.arithmetic.covers(args, kwargs):
+        if masks.arithmetic is not None and masks.arithmetic.covers(self, args, kwargs):
             y = masks.arithmetic.forward(self, x)
         else:
             y = cls.forward(self, x, *args, **kwargs)

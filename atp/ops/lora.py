@@ -29,7 +29,8 @@ def lora_linear(
     """
     if torch.compiler.is_compiling():  # which fuses what it can by itself
         return lora_linear_eager(x, weight, bias, lora_a, lora_b, scaling)
-    return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling)
+    y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling)
+    return y.view(*x.shape[:-1], len(weight))  # here, so that what comes out may be changed in place
 
 
 def lora_linear_eager(
@@ -44,25 +45,22 @@ class _LoRALinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        tokens = x.flatten(0, -2)
-        inner = tokens @ lora_a.T
-        y = linear(tokens, weight, bias).addmm_(inner, lora_b.T, alpha=scaling)
+        inner = x @ lora_a.T
         ctx.save_for_backward(x, inner, weight, lora_a, lora_b)
         ctx.scaling = scaling
-        return y.unflatten(0, x.shape[:-1])
+        return linear(x, weight, bias).addmm_(inner, lora_b.T, alpha=scaling)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, weight, lora_a, lora_b = ctx.saved_tensors
         of_x, _, _, of_a, of_b, _ = ctx.needs_input_grad
-        tokens, gradient = x.flatten(0, -2), gradient.flatten(0, -2)
         of_inner = (gradient @ lora_b).mul_(ctx.scaling)
         return (
-            (gradient @ weight).addmm_(of_inner, lora_a).view_as(x) if of_x else None,
+            (gradient @ weight).addmm_(of_inner, lora_a) if of_x else None,
             None,
             None,
-            of_inner.T @ tokens if of_a else None,
+            of_inner.T @ x if of_a else None,
             (gradient.T @ inner).mul_(ctx.scaling) if of_b else None,
             None,
         )

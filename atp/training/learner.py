@@ -22,6 +22,7 @@ from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.losses import budget_loss
+from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
 from atp.training.state import under
 
@@ -60,7 +61,7 @@ class DecisionLearner:
         self.space = attachment.space
         if config.impl == "compact" and (path := attachment.not_plain()):
             raise UnsupportedModelError(
-                f"impl='compact' needs plain linear layers, or plain LoRA on them, not quantised and not sharded, and "
+                f"impl='compact' needs frozen linear layers, or plain LoRA on them, not quantised and not sharded, and "
                 f"{path} is none: use impl='auto'"
             )
         if config.impl != "eager":
@@ -141,6 +142,13 @@ class DecisionLearner:
         gradients = {k: leaf.grad for k, leaf in self.attachment.masks.items() if leaf.grad is not None}
         self._update({k: gradient / loss_scale for k, gradient in gradients.items()})
         self.attachment.require_gradients(False)
+
+    def proximal_step(self, learning_rate: float) -> None:
+        """Shrink LoRA weights of pruned groups: call after the LoRA optimizer's step, with the rate that it used."""
+        if self.frozen:
+            return
+        masks = {name: leaf.detach() for name, leaf in self.attachment.masks.items()}
+        proximal_step(self.space, self.attachment.modules, masks, learning_rate, self.schedule.lasso(self.step))
 
     def freeze(self) -> None:
         """Make the noise-free decision on budget final; a criterion decides by the weights as they are now."""

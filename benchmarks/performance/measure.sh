@@ -2,6 +2,7 @@
 # The CPU rows of this folder, a quarter of an hour on two cores.
 set -e
 out="$(dirname "$0")/results"
+mkdir -p "$out"
 for space in width disp; do
     atp bench train-step --space "$space" --calls 5 --csv "$out/cpu_train_step_$space.csv"
     atp bench infer --space "$space" --csv "$out/cpu_infer_$space.csv"

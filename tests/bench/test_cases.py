@@ -53,8 +53,9 @@ def test_steps_are_what_their_names_say(base):
     )
 
 
-def test_steps_before_the_freeze_are_those_of_the_callback(base, tmp_path):
-    settings = {"sparsity": 0.5, "round_to": 1, "lasso": 0.0, "noise": 0.2, "noise_end": 0.2}
+def test_steps_before_the_freeze_are_those_of_the_callback(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("atp.bench.train_step._STEPS", 3)
+    settings = {"sparsity": 0.5, "round_to": 1, "lasso": 50.0, "noise": 0.2, "noise_end": 0.2}
     step = train_step_cases(base, ATPConfig(**settings), lora_rank=2, rows=2, length=8)[1].call
     model = runs.peft_model(r=2, lora_alpha=4)
     model.load_state_dict(step._model.state_dict())

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.errors import ATPError, CheckpointError
 from atp.export import export, load
+from atp.export.weights import _write
 from atp.layers import attachment_of
 from tests import families
 from tests.export.cases import SPACES, exported, masked
@@ -102,6 +103,18 @@ def test_an_existing_folder_is_an_error_unless_overwritten(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def fails_at_the_fifth_tensor(monkeypatch, error):
+    calls = []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise error
+        _write(*arguments)
+
+    monkeypatch.setattr(sys.modules[_write.__module__], "_write", failing)
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_a_full_disk_leaves_nothing_behind_and_the_old_folder_whole(model, tmp_path, monkeypatch, old):
     out = tmp_path / "out"
@@ -109,13 +122,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_folder_whole(model, tmp_p
         out.mkdir()
         (out / "mine.txt").write_text("kept")
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
-    real = PreTrainedModel.save_pretrained
-
-    def full(self, folder, **kwargs):
-        real(self, folder, **kwargs)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    fails_at_the_fifth_tensor(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     with pytest.raises(CheckpointError, match="No space left") as caught:
         export(model, out, overwrite=True)
     assert "\n" not in str(caught.value)
@@ -141,10 +148,7 @@ def test_a_folder_that_cannot_be_swapped_stays(model, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_leaves_nothing_behind(model, tmp_path, monkeypatch):
-    def interrupted(self, folder, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
+    fails_at_the_fifth_tensor(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from atp.errors import UnsupportedModelError
 from atp.export.weights import write_weights
 from tests import families
 from tests.export.cases import SPACES, exported
@@ -48,6 +49,21 @@ def test_shards_and_their_index_hold_every_tensor(tmp_path):
     assert same(by_name, TENSORS)
     assert {path.name for path in shards} == set(found["weight_map"].values())
     assert found["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
+
+
+def test_every_tensor_is_aligned_to_its_size(tmp_path):
+    [file] = written(tmp_path, "1GB")
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name, tensor in TENSORS.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.element_size() == 0, name
+
+
+def test_a_dtype_that_files_do_not_have_is_named(tmp_path):
+    plan = {"a.weight": torch.empty(2, dtype=torch.float8_e4m3fn, device="meta")}
+    with pytest.raises(UnsupportedModelError, match=r"a\.weight: torch\.float8_e4m3fn"):
+        write_weights(tmp_path, plan, plan.__getitem__)
 
 
 def test_no_tensor_is_made_before_the_last_one_is_gone(tmp_path):
