@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from atp.errors import ATPError
+from atp.errors import ATPError, UnsupportedModelError
 from atp.export.compaction import CompactTensors
 from atp.export.layout import empty_model
 from atp.export.weights import write_weights
@@ -70,6 +70,10 @@ def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder
         shell.config.tie_word_embeddings = False
         head.weight = nn.Parameter(torch.empty_like(head.weight))
     shapes = {name: tensor.shape for name, tensor in shell.state_dict().items()}
+    if foreign := [name for name in tensors.names if name not in shapes]:
+        raise UnsupportedModelError(
+            f"{foreign[0]}: {type(shell).__name__} has no such tensor, so it cannot be exported"
+        )
     biases = _zero_biases(shell, tensors)
     dtypes = {name: tensors.dtype(name) for name in tensors.names} | biases
     plan = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype in dtypes.items()}

@@ -99,7 +99,7 @@ class PruningRun:
             self.learner.metrics |= self._distillation.metrics()
 
     def end(self) -> None:
-        """Leave nothing on the model but the masks."""
+        """Leave nothing on the model but the attachment."""
         if self._distillation is not None:
             self._distillation.remove()
 

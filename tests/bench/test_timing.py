@@ -1,6 +1,7 @@
 """Timings. Oracle: a clock that the cases themselves move."""
 
 import pytest
+import torch
 
 from atp.bench import timing
 from atp.bench.timing import Case, interleaved
@@ -36,6 +37,22 @@ def test_a_ratio_is_taken_within_a_round(clock):
     dense = lasting(clock, "dense", 1.0, 1.0, 1.0, 10.0, 10.0)
     pruned = lasting(clock, "pruned", 1.0, 0.6, 0.6, 6.0, 6.0)
     assert interleaved([dense, pruned], calls=4)[1].ratio == pytest.approx(0.6)
+
+
+def test_every_case_has_its_own_highest_peak(clock, monkeypatch):
+    peaks = iter([10.0, 500.0, 300.0, 20.0])  # dense, pruned, pruned, dense
+    monkeypatch.setattr(timing, "reset_peak_memory", lambda: True)
+    monkeypatch.setattr(timing, "peak_memory_mib", lambda: next(peaks))
+    cases = [lasting(clock, "dense", 1.0, 1.0, 1.0), lasting(clock, "pruned", 1.0, 1.0, 1.0)]
+    assert [result.peak_mib for result in interleaved(cases, calls=2)] == [20.0, 500.0]
+
+
+def test_ceilings_are_in_their_units(clock, monkeypatch):
+    """Every call takes a second: so many operations and bytes of 10^12 and 10^9."""
+    monkeypatch.setattr(timing, "_seconds", lambda call: 1.0)
+    found = timing.ceilings(torch.device("cpu"), torch.float32, calls=1)
+    assert found["matmul_tflops"] == pytest.approx(2 * 2048**3 / 1e12)
+    assert found["copy_gb_per_s"] == pytest.approx(2 * 256 * 2**20 / 1e9)
 
 
 def test_rounds_go_forwards_and_backwards(clock):

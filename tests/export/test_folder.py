@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from atp.errors import ATPError, CheckpointError
+from atp.errors import ATPError, CheckpointError, UnsupportedModelError
 from atp.export import export, load
 from atp.export.weights import _write
 from atp.layers import attachment_of
@@ -150,6 +150,13 @@ def test_a_folder_that_cannot_be_swapped_stays(model, tmp_path, monkeypatch):
 def test_an_interrupt_leaves_nothing_behind(model, tmp_path, monkeypatch):
     fails_at_the_fifth_tensor(monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
+        export(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tensor_that_the_class_does_not_have_is_named(model, tmp_path):
+    model.model.register_buffer("extra", torch.zeros(2))
+    with pytest.raises(UnsupportedModelError, match=r"extra: .* has no such tensor"):
         export(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
