@@ -106,7 +106,7 @@ def _goal_line(goal: Goal) -> str:
         return f"| {goal.what} | {goal.holds} {goal.bound} | not measured | |"
     figure = goal.figure(row)
     met = figure <= goal.bound if goal.holds == "<=" else figure >= goal.bound
-    return f"| {goal.what} | {goal.holds} {goal.bound} | {figure:.2f} | {'yes' if met else 'no'} |"
+    return f"| {goal.what} | {goal.holds} {goal.bound} | {figure:.3f} | {'yes' if met else 'no'} |"
 
 
 def _section(path: Path) -> str:
