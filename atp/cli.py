@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, overrides = build_parser().parse_known_args(argv)
         if overrides and not getattr(arguments, "takes_overrides", False):
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)} (see atp --help)")
-        if arguments.json and not Path(arguments.json).parent.is_dir():
-            raise ConfigError(f"--json {arguments.json}: its folder does not exist: make it first")
+        for option in ("json", "csv"):
+            if (file := getattr(arguments, option, None)) and not Path(file).parent.is_dir():
+                raise ConfigError(f"--{option} {file}: its folder does not exist: make it first")
         arguments.overrides = overrides
         return arguments.run(arguments) or 0
     except ATPError as error:

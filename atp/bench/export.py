@@ -7,22 +7,17 @@ from pathlib import Path
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from atp.bench.copies import on_the_same_tensors
-from atp.bench.infer import random_decision
+from atp.bench.copies import mask_at_random, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
 from atp.export import export
-from atp.layers import attach
-from atp.structure.discovery import discover
-from atp.structure.space import build_space
 
 
 def export_cases(base: PreTrainedModel, config: ATPConfig, lora_rank: int) -> list[Case]:
     """`save_pretrained` of `base`, and `export` of a LoRA model on it with random decisions; nothing stays on disk."""
     lora = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, target_modules="all-linear")
     model = get_peft_model(on_the_same_tensors(base), lora)
-    space = build_space(discover(model), config.space, config.uniform, config.round_to)
-    attach(model, space).set_masks(random_decision(space, config))
+    mask_at_random(model, config)
 
     def into_a_folder(write: Callable[[Path], object]) -> Callable[[], None]:
         def call() -> None:

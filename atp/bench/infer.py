@@ -7,32 +7,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from atp.bench.copies import on_the_same_tensors
+from atp.bench.copies import mask_at_random, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
-from atp.criteria import scores
-from atp.criteria.ranking import rank
 from atp.evaluation import flops_per_token
 from atp.export import export, load
-from atp.layers import attach
-from atp.structure.budget import project
-from atp.structure.discovery import discover
-from atp.structure.space import Space, build_space
 
 
 def pruned_copy(base: PreTrainedModel, config: ATPConfig) -> PreTrainedModel:
     """What `config.space` and `config.sparsity` leave of `base` by random decisions, exported and loaded again."""
     model = on_the_same_tensors(base)
-    space = build_space(discover(model), config.space, config.uniform, config.round_to)
-    attach(model, space).set_masks(random_decision(space, config))
+    mask_at_random(model, config)
     with tempfile.TemporaryDirectory() as folder:
         return load(export(model, Path(folder) / "pruned"), dtype=base.dtype).to(base.device).eval()
-
-
-def random_decision(space: Space, config: ATPConfig) -> dict[str, Tensor]:
-    """Hard masks on budget, the same share of each block."""
-    ranked = rank(scores.random(space, config.seed), space, "block", (0, 0))
-    return project(ranked, space, config.sparsity)
 
 
 def infer_cases(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: int, written: int) -> dict[str, list[Case]]:

@@ -14,13 +14,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from atp.bench.copies import on_the_same_tensors
+from atp.bench.copies import attached, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
 from atp.evaluation import flops_per_token
-from atp.layers import Attachment, attach
-from atp.structure.discovery import discover
-from atp.structure.space import build_space
+from atp.layers import Attachment
 from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
 from atp.training.schedule import Schedule
@@ -113,7 +111,7 @@ def _learner(model: PeftModel, config: ATPConfig, freeze_at: float, impl: str) -
         "impl": impl,
     }
     config = ATPConfig.from_dict(values)
-    attachment = attach(model, build_space(discover(model), config.space, config.uniform, config.round_to))
+    attachment = attached(model, config)
     compensation = Compensation("none", attachment, model, ())
     draw = partial(start, config, attachment, None, model, quiet=True)
     return DecisionLearner(config, attachment, Schedule.of(config, _STEPS), draw, compensation)

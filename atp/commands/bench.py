@@ -65,8 +65,6 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("layers", "calls", "rows", "length", "lora_rank", "tokens", "written"):
         if (value := getattr(arguments, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be an integer >= 1")
-    if arguments.csv and not Path(arguments.csv).parent.is_dir():
-        raise ConfigError(f"--csv {arguments.csv}: its folder does not exist: make it first")
     config = ATPConfig(space=arguments.space, sparsity=arguments.sparsity, round_to=arguments.round_to)
     torch.manual_seed(0)
     model = random_model(arguments.config, arguments.layers, arguments.dtype)

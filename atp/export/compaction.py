@@ -81,33 +81,30 @@ class CompactTensors:
         if name in self._selections:
             return self._selections[name].dtype
         path, own = self._owner[name]
-        module = self._modules[path]
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        if isinstance(module, nn.Linear) and is_quantised(module):
-            return self._dtype
-        return _own_tensors(module)[own].dtype
+        module = base_layer(self._modules[path])
+        return self._dtype if is_quantised(module) else _own_tensors(module)[own].dtype
 
     def _made(self, path: str) -> dict[str, Tensor]:
         module = self._modules[path]
-        if path in self._linears and is_plain(module):
-            linear = self._linears[path]
-            rows, cols = self._indices(linear.rows), self._indices(linear.cols)
-            return _scaled(_merged_plain(module, path, rows, cols), self._source_scale.get(path, 1.0))
-        if isinstance(module, BaseTunerLayer):
-            own = _merged(module, path, self._dtype)
-        elif isinstance(module, nn.Linear) and is_quantised(module):
-            own = _dequantised(module, path, self._dtype)
-        else:
-            own = _own_tensors(module)
         if path in self._linears:
-            linear = self._linears[path]
+            linear, scale = self._linears[path], self._source_scale.get(path, 1.0)
             rows, cols = self._indices(linear.rows), self._indices(linear.cols)
-            return _sliced(own, rows, cols, self._source_scale.get(path, 1.0))
+            if is_plain(module):
+                return _scaled(_merged_plain(module, path, rows, cols), scale)
+            return _scaled(_sliced(self._whole(path), rows, cols), scale)
         if path in self._norms:
             axis = self._norms[path].axis
-            return _sliced(own, self._indices(axis), None, 1.0 / _rms_ratio(axis, self._kept))
-        return own
+            return _scaled(_sliced(self._whole(path), self._indices(axis), None), 1.0 / _rms_ratio(axis, self._kept))
+        return self._whole(path)
+
+    def _whole(self, path: str) -> dict[str, Tensor]:
+        """What a module holds, adapters merged, nothing left out."""
+        module = self._modules[path]
+        if isinstance(module, BaseTunerLayer):
+            return _merged(module, path, self._dtype)
+        if is_quantised(module):
+            return _dequantised(base_layer(module), path, self._dtype)
+        return _own_tensors(module)
 
 
 def _feature_indices(kept: Mapping[str, Tensor]) -> Callable[[Axis | None], Tensor | None]:
@@ -124,11 +121,9 @@ def _rms_ratio(axis: Axis, kept: Mapping[str, Tensor]) -> float:
     return math.sqrt(len(kept[axis.set]) * axis.units / len(axis.owner))
 
 
-def _sliced(own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None, scale: float) -> dict[str, Tensor]:
-    """A layer's weight and bias without pruned rows and columns, times `scale`."""
-    return _scaled(
-        {name: _cut(tensor, rows, cols if tensor.ndim == 2 else None) for name, tensor in own.items()}, scale
-    )
+def _sliced(own: Mapping[str, Tensor], rows: Tensor | None, cols: Tensor | None) -> dict[str, Tensor]:
+    """A layer's weight and bias without pruned rows and columns."""
+    return {name: _cut(tensor, rows, cols if tensor.ndim == 2 else None) for name, tensor in own.items()}
 
 
 def _cut(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
@@ -172,9 +167,8 @@ def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 def _names(module: nn.Module) -> list[str]:
     """Of the tensors that a module itself has in the smaller model."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    if isinstance(module, nn.Linear) and is_quantised(module):
+    module = base_layer(module)
+    if is_quantised(module):
         return ["weight"] if module.bias is None else ["weight", "bias"]
     return list(_own_tensors(module))
 
@@ -200,10 +194,7 @@ def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
 @torch.no_grad()
 def _merged_plain(layer: Any, path: str, rows: Tensor | None, cols: Tensor | None) -> dict[str, Tensor]:
     """What stays of a plain linear layer, W[rows][:, cols] + s B[rows] A[:, cols] over active adapters."""
-    own = {
-        name: _cut(parameter.data, rows, cols if parameter.ndim == 2 else None)
-        for name, parameter in base_layer(layer).named_parameters(recurse=False)
-    }
+    own = _sliced(_own_tensors(base_layer(layer)), rows, cols)
     adapters, dtype = active_adapters(layer), own["weight"].dtype
     if not adapters:
         return own

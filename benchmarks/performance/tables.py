@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -40,8 +40,8 @@ class Goal:
 
 def _of_both_spaces(*goals: Goal) -> list[Goal]:
     return [
-        Goal(f"{g.what}, `{space}`", f"{g.file}_{space}", g.bench, g.case, g.figure, g.holds, g.bound)
-        for g in goals
+        replace(goal, what=f"{goal.what}, `{space}`", file=f"{goal.file}_{space}")
+        for goal in goals
         for space in ("width", "disp")
     ]
 
