@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from atp.errors import ATPError, UnsupportedModelError
 from atp.layers.compact import CompactLinear, compacted, is_plain
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
+from atp.layers.shared import Shared, shared_by_set
 from atp.structure.live import causal_lm
 from atp.structure.space import Axis, Space
 
@@ -40,6 +41,7 @@ class Attachment:
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
         self.is_compact = False
         self._fused = False
+        self._shared = shared_by_set(space)
         self._put_masks()
         self._guarded = model.base_model if isinstance(model, PeftModel) else None
         for name in _UNLOADING if self._guarded is not None else ():
@@ -77,7 +79,7 @@ class Attachment:
         """
         if self.not_plain():
             return False
-        for path, compact in compacted(self.space, self.lm, self.masks).items():
+        for path, compact in compacted(self.space, self.lm, self.masks, self._shared).items():
             mask_linear(self.modules[path], LinearMasks(None, None, compact))
         self.is_compact = True
         return True
@@ -111,8 +113,8 @@ class Attachment:
         for linear in self.space.linears:
             module = self.modules[linear.path]
             masks = LinearMasks(
-                self._axis(linear.cols, linear.mask_cols),
-                self._axis(linear.rows, linear.mask_rows),
+                self._axis(linear.cols, self._shared) if linear.mask_cols else None,
+                self._axis(linear.rows, {}) if linear.mask_rows else None,
                 CompactLinear() if self._fused and isinstance(module, LoraLinear) else None,
             )
             if masks.inputs or masks.outputs or masks.arithmetic:
@@ -121,8 +123,8 @@ class Attachment:
                 unmask_linear(module)
         self.is_compact = False
 
-    def _axis(self, axis: Axis | None, wanted: bool) -> AxisMask | None:
-        return AxisMask.of(axis, self.masks[axis.set]) if wanted and axis is not None else None
+    def _axis(self, axis: Axis | None, shared: Mapping[str, Shared]) -> AxisMask | None:
+        return None if axis is None else AxisMask.of(axis, self.masks[axis.set], shared.get(axis.set))
 
 
 def _refuse_unloading(*_args: object, **_kwargs: object) -> NoReturn:

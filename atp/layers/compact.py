@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from atp.errors import UnsupportedModelError
-from atp.ops import lora_linear
+from atp.layers.shared import Shared
+from atp.ops import gather_features, lora_linear, scatter_features
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.space import KV, Axis, Space
 
@@ -44,11 +45,26 @@ class Side:
         keep: bool, `(features,)`, where the layer computes.
         index: their positions; None where the others are multiplied by zero instead of left out.
         passed_on: whether the tensor on this side holds kept features only.
+        shared: for the layers that read this axis.
     """
 
     keep: Tensor
     index: Tensor | None
     passed_on: bool
+    shared: Shared = field(default_factory=Shared)
+
+    def taken(self, x: Tensor) -> Tensor:
+        """What a layer reads of `x`, whose last dimension is this axis: kept features, or `x` as it comes."""
+        if self.index is None or self.passed_on:
+            return x
+        index = self.index
+        return self.shared.of(x, lambda x: gather_features(x, index))
+
+    def given(self, y: Tensor) -> Tensor:
+        """What a layer that computes `y` gives on: zeros where features are gone, or `y` as it comes."""
+        if self.index is None or self.passed_on:
+            return y
+        return scatter_features(y, self.index, len(self.keep))
 
     def of(self, weight: Tensor, dim: int) -> Tensor:
         """Kept features of `weight` along `dim`."""
@@ -67,14 +83,10 @@ class CompactLinear:
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """The layer's output from `x`, whose last dimension holds kept inputs or all of them, as `inputs` says."""
-        inputs, outputs = self.inputs, self.outputs
-        if inputs is not None and inputs.index is not None and not inputs.passed_on:
-            x = x.index_select(-1, inputs.index)
+        x = x if self.inputs is None else self.inputs.taken(x)
         weight, bias = self._kept_base(module, x)
         y = self._adapted(module, x, weight, bias)
-        if outputs is not None and outputs.index is not None and not outputs.passed_on:
-            y = y.new_zeros(*y.shape[:-1], len(outputs.keep)).index_copy(-1, outputs.index, y)
-        return y
+        return y if self.outputs is None else self.outputs.given(y)
 
     @property
     def is_whole(self) -> bool:
@@ -131,7 +143,7 @@ class CompactLinear:
         if inputs is None or inputs.index is None or not _drops(dropout):
             return dropout(x)
         factors = dropout(x.new_ones(*x.shape[:-1], len(inputs.keep)))
-        return x * factors.index_select(-1, inputs.index)
+        return x * gather_features(factors, inputs.index)
 
     @torch.no_grad()
     def _kept_base(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -160,18 +172,21 @@ class CompactLinear:
         return weight.to(dtype), bias if bias is None else bias.to(dtype)
 
 
-def compacted(space: Space, lm: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, CompactLinear]:
+def compacted(
+    space: Space, lm: nn.Module, masks: Mapping[str, Tensor], shared: Mapping[str, Shared]
+) -> dict[str, CompactLinear]:
     """What is left of every layer that loses something, by path.
 
     Args:
         lm: the causal LM that holds the layers, all of them plain (`is_plain`).
         masks: a hard decision, 0 or 1, `(size,)` per group set.
+        shared: by group set, see `shared_by_set`.
     """
     passed_on = _passed_on(space, lm)
     found = {}
     for layer in space.linears:
         device = base_layer(lm.get_submodule(layer.path)).weight.device
-        inputs, outputs = (_side(axis, masks, passed_on, device) for axis in (layer.cols, layer.rows))
+        inputs, outputs = (_side(axis, masks, passed_on, shared, device) for axis in (layer.cols, layer.rows))
         if inputs is not None or outputs is not None:
             found[layer.path] = CompactLinear(inputs, outputs)
     return found
@@ -208,14 +223,21 @@ def _passed_on(space: Space, lm: nn.Module) -> set[str]:
     return (read & made.keys()) - fixed
 
 
-def _side(axis: Axis | None, masks: Mapping[str, Tensor], passed_on: set[str], device: torch.device) -> Side | None:
+def _side(
+    axis: Axis | None,
+    masks: Mapping[str, Tensor],
+    passed_on: set[str],
+    shared: Mapping[str, Shared],
+    device: torch.device,
+) -> Side | None:
     """The kept features of `axis`, or None where all are."""
     if axis is None or (masks[axis.set] > 0).all():
         return None
     keep = masks[axis.set].cpu()[axis.owner.cpu()] > 0
     inside = axis.set in passed_on
     leave_out = inside or keep.float().mean() <= WORTH_MOVING
-    return Side(keep.to(device), torch.nonzero(keep).flatten().to(device) if leave_out else None, inside)
+    index = torch.nonzero(keep).flatten().to(device) if leave_out else None
+    return Side(keep.to(device), index, inside, shared.get(axis.set, Shared()))
 
 
 def _is_looked_into(module: Any) -> bool:

@@ -5,13 +5,14 @@ The swap adds no parameter, buffer or submodule: state-dict keys, adapters and `
 `torch.compile` sees an ordinary `forward`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from atp.layers.compact import OVER, CompactLinear, unmasked_class
+from atp.layers.shared import Shared
 from atp.structure.space import Axis
 
 _SLOT = "_atp_masks"
@@ -19,18 +20,25 @@ _SLOT = "_atp_masks"
 
 @dataclass(frozen=True, eq=False)
 class AxisMask:
-    """One axis's mask: `leaf` has shape `(groups,)`; `owner` expands it to features, or is None where it need not."""
+    """One axis's mask: `leaf` has shape `(groups,)`; `owner` expands it to features, or is None where it need not.
+
+    `shared` is for the layers that read this axis.
+    """
 
     leaf: Tensor
     owner: Tensor | None
+    shared: Shared = field(default_factory=Shared)
 
     @classmethod
-    def of(cls, axis: Axis, leaf: Tensor) -> "AxisMask":
+    def of(cls, axis: Axis, leaf: Tensor, shared: Shared | None = None) -> "AxisMask":
         """The mask of `axis`, living on the leaf's device."""
-        return cls(leaf, None if axis.is_identity else axis.owner.to(leaf.device))
+        return cls(leaf, None if axis.is_identity else axis.owner.to(leaf.device), shared or Shared())
 
     def apply(self, x: Tensor) -> Tensor:
         """`x * mask` along the last dimension, in the dtype of `x`; the mask's gradient is summed in float32."""
+        return self.shared.of(x, self._times, (self.leaf._version, self.leaf.requires_grad))
+
+    def _times(self, x: Tensor) -> Tensor:
         mask = self.leaf if self.owner is None else self.leaf[self.owner]
         return x * mask.to(x.dtype)
 
