@@ -4,6 +4,7 @@ from atp.bench.export import export_cases
 from atp.bench.infer import infer_cases, pruned_copy
 from atp.bench.timing import Case, Result, ceilings, interleaved
 from atp.bench.train_step import train_step_cases
+from atp.bench.whole_run import whole_run_results
 
 __all__ = [
     "Case",
@@ -14,4 +15,5 @@ __all__ = [
     "interleaved",
     "pruned_copy",
     "train_step_cases",
+    "whole_run_results",
 ]

@@ -58,9 +58,9 @@ def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1) -> lis
     peaks: dict[str, list[float]] = {case.name: [] for case in cases}
     for index in range(calls):
         for case in cases if index % 2 == 0 else reversed(cases):
-            measurable = reset_peak_memory()
-            seconds[case.name].append(_seconds(case.call))
-            if measurable and (peak := peak_memory_mib()) is not None:
+            took, peak = measured(case.call)
+            seconds[case.name].append(took)
+            if peak is not None:
                 peaks[case.name].append(peak)
     baseline = seconds[cases[0].name]
     return [_result(case, seconds[case.name], baseline, max(peaks[case.name], default=None)) for case in cases]
@@ -80,12 +80,19 @@ def ceilings(device: torch.device, dtype: torch.dtype, calls: int = 5) -> dict[s
     }
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def measured(call: Callable[[], object]) -> tuple[float, float | None]:
+    """Seconds of one call, and the highest memory during it in MiB, if that can be known."""
+    measurable = reset_peak_memory()
     _synchronise()
     start = time.perf_counter()
     call()
     _synchronise()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, peak_memory_mib() if measurable else None
+
+
+def percentile(seconds: Sequence[float], share: float) -> float:
+    """The value that `share` of `seconds` do not exceed, between neighbours by their distance."""
+    return torch.tensor(seconds, dtype=torch.float64).quantile(share).item()
 
 
 def _synchronise() -> None:
@@ -94,11 +101,7 @@ def _synchronise() -> None:
 
 
 def _result(case: Case, seconds: Sequence[float], baseline: Sequence[float], peak: float | None) -> Result:
-    p20, p80 = _percentile(seconds, 0.2), _percentile(seconds, 0.8)
+    p20, p80 = percentile(seconds, 0.2), percentile(seconds, 0.8)
     ratio = statistics.median(own / other for own, other in zip(seconds, baseline, strict=True))
     median = statistics.median(seconds)
     return Result(case.name, len(seconds), p20 * 1e3, median * 1e3, p80 * 1e3, ratio, case.limit, peak)
-
-
-def _percentile(seconds: Sequence[float], share: float) -> float:
-    return torch.tensor(seconds, dtype=torch.float64).quantile(share).item()

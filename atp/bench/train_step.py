@@ -19,6 +19,7 @@ from atp.bench.timing import Case
 from atp.config import ATPConfig
 from atp.evaluation import flops_per_token
 from atp.layers import Attachment
+from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
 from atp.training.schedule import Schedule
@@ -35,6 +36,9 @@ class OptimizerStep:
 
     Args:
         batch: what the model is called with, labels among it.
+
+    Attributes:
+        index: which step of its run comes next.
     """
 
     def __init__(
@@ -43,13 +47,13 @@ class OptimizerStep:
         self._model, self._batch, self._autocast, self._learner = model, batch, autocast, learner
         trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0)
-        self._step = 0
+        self.index = 0
 
     def __call__(self) -> None:
         """Take the step."""
         learner = self._learner
         if learner is not None:
-            learner.begin_step(self._step)
+            learner.begin_step(self.index)
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._autocast):
             loss = self._model(**self._batch).loss
         loss.backward()
@@ -59,7 +63,7 @@ class OptimizerStep:
         self._optimizer.zero_grad(set_to_none=True)
         if learner is not None:
             learner.proximal_step(_LEARNING_RATE)
-        self._step += 1
+        self.index += 1
 
 
 def train_step_cases(
@@ -75,30 +79,35 @@ def train_step_cases(
     autocast = base.dtype == torch.bfloat16
     ids = torch.randint(base.config.get_text_config().vocab_size, (rows, length)).to(base.device)
     batch = {"input_ids": ids, "labels": ids}
-    lora = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-
-    def adapted() -> PeftModel:
-        model = on_the_same_tensors(base)
-        if checkpointing:
-            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its only name in 5.17
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-        model = get_peft_model(model, lora)
-        return model.train()
 
     def pruned(freeze_at: float, impl: str) -> tuple[OptimizerStep, Attachment]:
-        model = adapted()
+        model = adapted(base, lora_rank, checkpointing)
         learner = _learner(model, config, freeze_at, impl)
         return OptimizerStep(model, batch, autocast, learner), learner.attachment
 
     learning, attachment = pruned(1.0, config.impl)
-    space = attachment.space
-    left = 1.0 - 2 * config.sparsity * space.prunable_parameters / flops_per_token(base)
+    left = flops_left(base, attachment.space, config.sparsity)
     return [
-        Case("dense LoRA", OptimizerStep(adapted(), batch, autocast)),
+        Case("dense LoRA", OptimizerStep(adapted(base, lora_rank, checkpointing), batch, autocast)),
         Case("before the freeze", learning, 1.0),
         Case("after the freeze, eager", pruned(0.0, "eager")[0], 1.0),
         Case("after the freeze", pruned(0.0, config.impl)[0], left),
     ]
+
+
+def adapted(base: PreTrainedModel, lora_rank: int, checkpointing: bool = False) -> PeftModel:
+    """LoRA of its own on the tensors of `base`, in training mode."""
+    model = on_the_same_tensors(base)
+    if checkpointing:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its only name in 5.17
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    lora = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+    return get_peft_model(model, lora).train()
+
+
+def flops_left(base: PreTrainedModel, space: Space, sparsity: float) -> float:
+    """The share of the linear layers' FLOPs, head included, that is left when the final decision stands."""
+    return 1.0 - 2 * sparsity * space.prunable_parameters / flops_per_token(base)
 
 
 def _learner(model: PeftModel, config: ATPConfig, freeze_at: float, impl: str) -> DecisionLearner:

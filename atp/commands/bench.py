@@ -1,4 +1,4 @@
-"""`atp bench train-step | infer | export`: a model's speed before and after pruning, as ratios of one run."""
+"""`atp bench train-step | run | infer | export`: a model's speed before and after pruning, as ratios of one run."""
 
 import argparse
 import csv
@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 
-from atp.bench import Case, ceilings, export_cases, infer_cases, interleaved, pruned_copy, train_step_cases
+from atp.bench import (
+    Case,
+    Result,
+    ceilings,
+    export_cases,
+    infer_cases,
+    interleaved,
+    pruned_copy,
+    train_step_cases,
+    whole_run_results,
+)
 from atp.commands.models import random_model
 from atp.commands.output import print_table, write_json, write_text
 from atp.commands.shapes import SHAPES
@@ -21,7 +31,7 @@ from atp.config import SPACES, ATPConfig
 from atp.errors import ConfigError
 from atp.recipe import DTYPES
 
-_NOT_SETTINGS = ("bench", "run", "cases", "calls", "csv", "json", "overrides")
+_NOT_SETTINGS = ("bench", "run", "results", "calls", "csv", "json", "overrides")
 
 
 def add(commands: Any) -> None:
@@ -29,18 +39,23 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("bench", help="speed before and after pruning, on random weights of a model's shapes")
     benches = parser.add_subparsers(required=True, metavar="BENCH")
     train_step = _declare(benches, "train-step", "LoRA's optimizer step: dense, under masks, under the final decision")
-    train_step.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
-    train_step.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
     train_step.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
-    train_step.set_defaults(cases=_train_step)
+    train_step.set_defaults(results=_train_step)
+    whole = _declare(benches, "run", "a run with default settings beside plain LoRA, from a few steps of each kind")
+    whole.add_argument("--steps", type=int, default=1000, help="of the run (default 1000)")
+    whole.add_argument("--freeze-at", type=float, default=ATPConfig.freeze_at, help="share of the steps")
+    whole.set_defaults(results=_whole_run)
+    for bench in (train_step, whole):
+        bench.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
+        bench.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
     export = _declare(benches, "export", "writing the smaller model of a run, beside a plain save of the dense one")
-    export.set_defaults(cases=_export)
-    for bench in (train_step, export):
+    export.set_defaults(results=_export)
+    for bench in (train_step, whole, export):
         bench.add_argument("--lora-rank", type=int, default=16, help="default 16")
     infer = _declare(benches, "infer", "an exported model beside the dense one: reading a prompt, writing tokens")
     infer.add_argument("--tokens", type=int, default=512, help="of the prompt (default 512)")
     infer.add_argument("--written", type=int, default=16, help="tokens written a call (default 16)")
-    infer.set_defaults(cases=_infer)
+    infer.set_defaults(results=_infer)
 
 
 def _declare(benches: Any, name: str, what: str) -> argparse.ArgumentParser:
@@ -62,17 +77,20 @@ def _declare(benches: Any, name: str, what: str) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> None:
     """Time the cases of one benchmark and print a table."""
-    for name in ("layers", "calls", "rows", "length", "lora_rank", "tokens", "written"):
+    for name in ("layers", "calls", "rows", "length", "lora_rank", "tokens", "written", "steps"):
         if (value := getattr(arguments, name, None)) is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be an integer >= 1")
-    config = ATPConfig(space=arguments.space, sparsity=arguments.sparsity, round_to=arguments.round_to)
+    config = ATPConfig(
+        space=arguments.space,
+        sparsity=arguments.sparsity,
+        round_to=arguments.round_to,
+        freeze_at=getattr(arguments, "freeze_at", ATPConfig.freeze_at),
+    )
     torch.manual_seed(0)
     model = random_model(arguments.config, arguments.layers, arguments.dtype)
     machine = _machine(model.device) | ceilings(model.device, model.dtype)
-    rows = []
-    for name, cases in arguments.cases(model, config, arguments).items():
-        for result in interleaved(cases, arguments.calls):
-            rows.append({"bench": name, **dataclasses.asdict(result)})
+    found: dict[str, list[Result]] = arguments.results(model, config, arguments)
+    rows = [{"bench": name, **dataclasses.asdict(result)} for name, results in found.items() for result in results]
     setting = {key: value for key, value in vars(arguments).items() if key not in _NOT_SETTINGS}
     _print(arguments, machine, rows)
     if arguments.csv:
@@ -81,19 +99,28 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, {"setting": setting, "machine": machine, "rows": rows})
 
 
-def _train_step(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
+def _train_step(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Result]]:
     batch = (arguments.rows, arguments.length)
-    return {
-        "train-step": train_step_cases(model, config, arguments.lora_rank, *batch, arguments.gradient_checkpointing)
-    }
+    cases = train_step_cases(model, config, arguments.lora_rank, *batch, arguments.gradient_checkpointing)
+    return _interleaved({"train-step": cases}, arguments.calls)
 
 
-def _export(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
-    return {"export": export_cases(model, config, arguments.lora_rank)}
+def _whole_run(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Result]]:
+    batch, steps = (arguments.rows, arguments.length), arguments.steps
+    return {"run": whole_run_results(model, config, arguments.lora_rank, *batch, steps, arguments.calls)}
 
 
-def _infer(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Case]]:
-    return infer_cases(model.eval(), pruned_copy(model, config), arguments.tokens, arguments.written)
+def _export(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Result]]:
+    return _interleaved({"export": export_cases(model, config, arguments.lora_rank)}, arguments.calls)
+
+
+def _infer(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Result]]:
+    cases = infer_cases(model.eval(), pruned_copy(model, config), arguments.tokens, arguments.written)
+    return _interleaved(cases, arguments.calls)
+
+
+def _interleaved(cases: dict[str, list[Case]], calls: int) -> dict[str, list[Result]]:
+    return {name: interleaved(of_bench, calls) for name, of_bench in cases.items()}
 
 
 def _print(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
