@@ -13,6 +13,7 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/kernels
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
