@@ -21,7 +21,7 @@ DECISIONS = ("generator", "logits", "criterion")
 CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "random")
 COMPENSATIONS = ("auto", "follow", "weights", "bias", "none")
 RANKINGS = ("block", "global", "standard")
-IMPLS = ("auto", "eager", "compact")
+IMPLS = ("auto", "eager", "compact", "triton")
 
 _LEARNING = (
     *("mode", "generator_every", "on_budget", "budget_weight", "budget_ramp", "init_scale", "logit_bias"),
@@ -105,7 +105,9 @@ class ATPConfig:
         impl: how layers compute: `"eager"` as they always do, times the masks. `"auto"` computes plain LoRA (not
             quantised, sharded, DoRA, or with a base that is trained) and its base layer as one operation, and once the
             decision is final only what is kept, if every pruned layer is such a one or a frozen linear layer; values
-            are the same up to rounding. `"compact"` likewise, and is an error where not every layer is.
+            are the same up to rounding. `"compact"` likewise, and is an error where not every layer is. `"triton"`: as
+            `"auto"`, and blocks that are Llama's but for their attention apply masks in their norms, residual adds and
+            SwiGLU, by Triton kernels; needs a GPU, and has not been timed on one.
         export: write `pruned/` when training ends.
         seed: of the private random streams; the global ones are never touched.
     """

@@ -1,6 +1,6 @@
 """Attaching a space to a live model, and taking it off again without a trace."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
 from atp.layers.compact import CompactLinear, compacted, is_plain
+from atp.layers.fused import KINDS, FusedMasks, fuse, fused_masks, is_fusable, unfuse
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
 from atp.layers.shared import Shared, shared_by_set
+from atp.ops.selection import Selection
 from atp.structure.live import causal_lm
-from atp.structure.space import Axis, Space
+from atp.structure.space import MLP, Axis, Space
 
 _SLOT = "_atp_attachment"
 _UNLOADING = ("merge_and_unload", "unload")
@@ -40,7 +42,9 @@ class Attachment:
         device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
         self.is_compact = False
-        self._fused = False
+        self._adapters_fused = False
+        self._blocks: dict[int, nn.Module] = {}
+        self._impl = "auto"
         self._shared = shared_by_set(space)
         self._put_masks()
         self._guarded = model.base_model if isinstance(model, PeftModel) else None
@@ -68,8 +72,23 @@ class Attachment:
 
     def fuse_adapters(self) -> None:
         """Compute LoRA and its base layer as one operation from now on, the same up to rounding, where it is plain."""
-        self._fused = True
+        self._adapters_fused = True
         self._put_masks()
+
+    def fuse_blocks(self, impl: str) -> bool:
+        """Apply masks in norms, residual adds and SwiGLU from now on, the same up to rounding, see `layers.fused`.
+
+        Args:
+            impl: of these operations, see `atp.ops.implementation`.
+
+        Returns:
+            False, and nothing changes, where no block is of a kind that can.
+        """
+        blocks = {block.index: self.lm.get_submodule(block.path) for block in self.space.structure.blocks}
+        self._blocks = {index: module for index, module in blocks.items() if is_fusable(module)}
+        self._impl = impl
+        self._put_masks()
+        return bool(self._blocks)
 
     def compact(self) -> bool:
         """Compute nothing but what the masks, 0 or 1 by now, keep: the same up to rounding, until `set_masks`.
@@ -79,8 +98,13 @@ class Attachment:
         """
         if self.not_plain():
             return False
-        for path, compact in compacted(self.space, self.lm, self.masks, self._shared).items():
+        fused = {name for sets in self._fused_sets().values() for name in sets.values()}
+        for path, compact in compacted(self.space, self.lm, self.masks, self._shared, fused).items():
             mask_linear(self.modules[path], LinearMasks(None, None, compact))
+        for index, sets in self._fused_sets().items():
+            keep = {kind: self.masks[name] > 0 for kind, name in sets.items() if kind != MLP}
+            kept = {kind: Selection.of(chosen) for kind, chosen in keep.items() if not chosen.all()}
+            fuse(self._blocks[index], FusedMasks({}, kept, self._impl))
         self.is_compact = True
         return True
 
@@ -89,42 +113,85 @@ class Attachment:
         return next((path for path, module in self.modules.items() if not is_plain(module)), None)
 
     @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Within it no block is fused: masks act at the linear layers that they belong to, where hooks may look."""
+        blocks, compact = self._blocks, self.is_compact
+        if not blocks:
+            yield
+            return
+        for block in blocks.values():
+            unfuse(block)
+        self._blocks = {}
+        self._put_masks()
+        try:
+            yield
+        finally:
+            self._blocks = blocks
+            self._put_masks()
+            if compact:
+                self.compact()
+
+    @contextmanager
     def lifted(self, paths: Iterable[str] | None = None) -> Iterator[None]:
         """Within it layers (of `paths`, or all) compute all they hold, without masks; these are then as they were."""
         modules = {path: self.modules[path] for path in (self.modules if paths is None else paths)}
         masked = {path: masks_of(module) for path, module in modules.items() if is_masked(module)}
+        blocks = {block.index: block.path for block in self.space.structure.blocks if block.index in self._blocks}
+        holding = [i for i, path in blocks.items() if any(p.startswith(f"{path}.") for p in modules)]
+        fused = {self._blocks[index]: fused_masks(self._blocks[index]) for index in holding}
         for path in masked:
             unmask_linear(self.modules[path])
+        for block in fused:
+            unfuse(block)
         try:
             yield
         finally:
             for path, masks in masked.items():
                 mask_linear(self.modules[path], masks)
+            for block, masks_of_block in fused.items():
+                fuse(block, masks_of_block)
 
     def remove(self) -> None:
         """Give every layer its own class back."""
         for module in self.modules.values():
             if is_masked(module):
                 unmask_linear(module)
+        for block in self._blocks.values():
+            unfuse(block)
         for name in _UNLOADING if self._guarded is not None else ():
             delattr(self._guarded, name)
 
     def _put_masks(self) -> None:
+        fused = self._fused_sets()
+        elsewhere = {name for sets in fused.values() for name in sets.values()}
         for linear in self.space.linears:
             module = self.modules[linear.path]
             masks = LinearMasks(
-                self._axis(linear.cols, self._shared) if linear.mask_cols else None,
-                self._axis(linear.rows, {}) if linear.mask_rows else None,
-                CompactLinear() if self._fused and isinstance(module, LoraLinear) else None,
+                self._axis(linear.cols, self._shared, elsewhere) if linear.mask_cols else None,
+                self._axis(linear.rows, {}, elsewhere) if linear.mask_rows else None,
+                CompactLinear() if self._adapters_fused and isinstance(module, LoraLinear) else None,
             )
             if masks.inputs or masks.outputs or masks.arithmetic:
                 mask_linear(module, masks)
             elif is_masked(module):
                 unmask_linear(module)
+        for index, sets in fused.items():
+            leaves = {kind: self.masks[name] for kind, name in sets.items()}
+            fuse(self._blocks[index], FusedMasks(leaves, {}, self._impl))
         self.is_compact = False
 
-    def _axis(self, axis: Axis | None, shared: Mapping[str, Shared]) -> AxisMask | None:
-        return None if axis is None else AxisMask.of(axis, self.masks[axis.set], shared.get(axis.set))
+    def _fused_sets(self) -> dict[int, dict[str, str]]:
+        """Names of the group sets that fused blocks take care of, by block and kind."""
+        found: dict[int, dict[str, str]] = {index: {} for index in self._blocks}
+        for s in self.space.sets:
+            if s.block in found and s.kind in KINDS:
+                found[s.block][s.kind] = s.name
+        return found
+
+    def _axis(self, axis: Axis | None, shared: Mapping[str, Shared], elsewhere: Container[str]) -> AxisMask | None:
+        if axis is None or axis.set in elsewhere:
+            return None
+        return AxisMask.of(axis, self.masks[axis.set], shared.get(axis.set))
 
 
 def _refuse_unloading(*_args: object, **_kwargs: object) -> NoReturn:

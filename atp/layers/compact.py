@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from atp.errors import UnsupportedModelError
 from atp.layers.shared import Shared
+from atp.layers.swapping import own_class
 from atp.ops import gather_features, lora_linear, scatter_features
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.space import KV, Axis, Space
@@ -32,9 +33,6 @@ _SEPARATE_READERS = 3
 """q, k and v are layers of their own."""
 
 _HEAD_COUNTS = {"num_heads", "num_key_value_heads"}
-
-OVER = "_atp_over"
-"""Attribute of a masked layer's class: the class that it stands in for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +171,7 @@ class CompactLinear:
 
 
 def compacted(
-    space: Space, lm: nn.Module, masks: Mapping[str, Tensor], shared: Mapping[str, Shared]
+    space: Space, lm: nn.Module, masks: Mapping[str, Tensor], shared: Mapping[str, Shared], fused: set[str]
 ) -> dict[str, CompactLinear]:
     """What is left of every layer that loses something, by path.
 
@@ -181,8 +179,9 @@ def compacted(
         lm: the causal LM that holds the layers, all of them plain (`is_plain`).
         masks: a hard decision, 0 or 1, `(size,)` per group set.
         shared: by group set, see `shared_by_set`.
+        fused: sets that blocks take care of: kept features are all that their layers are given and give.
     """
-    passed_on = _passed_on(space, lm)
+    passed_on = _passed_on(space, lm) | fused
     found = {}
     for layer in space.linears:
         device = base_layer(lm.get_submodule(layer.path)).weight.device
@@ -197,11 +196,11 @@ def is_plain(module: nn.Module) -> bool:
     base = base_layer(module)
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return False
-    if unmasked_class(base) is not nn.Linear or is_quantised(base) or type(base.weight.data) is not Tensor:
+    if own_class(base) is not nn.Linear or is_quantised(base) or type(base.weight.data) is not Tensor:
         return False  # the last: sharded over processes
     if module is base:
         return True
-    if unmasked_class(module) is not LoraLinear:
+    if own_class(module) is not LoraLinear:
         return False
     lora: Any = module
     return not lora.lora_variant and all(layer.bias is None for layer in lora.lora_B.values())
@@ -253,8 +252,3 @@ def _drops(dropout: nn.Module) -> bool:
 def _computing_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-
-
-def unmasked_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer, whether or not it is masked."""
-    return type(module).__dict__.get(OVER, type(module))

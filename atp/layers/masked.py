@@ -1,18 +1,17 @@
 """Masked linear layers: y = layer(x * s_in) * s_out, for any layer class, by swapping a live module's class.
 
 A PEFT LoRA layer is masked as a whole, so the masks act on the base path and the LoRA path alike.
-The swap adds no parameter, buffer or submodule: state-dict keys, adapters and `isinstance` stay as they were, and
-`torch.compile` sees an ordinary `forward`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from atp.layers.compact import OVER, CompactLinear, unmasked_class
+from atp.layers.compact import CompactLinear
 from atp.layers.shared import Shared
+from atp.layers.swapping import restore_forward, swap_forward
 from atp.structure.space import Axis
 
 _SLOT = "_atp_masks"
@@ -58,14 +57,13 @@ class LinearMasks:
 
 def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
     """Make `module` multiply its inputs and outputs by `masks` from now on, instead of by those it had, if any."""
-    if not is_masked(module):
-        module.__class__ = _masked_class(type(module))  # type: ignore[arg-type]  # classes do hash
+    swap_forward(module, "Masked", _masked_forward)
     object.__setattr__(module, _SLOT, masks)
 
 
 def unmask_linear(module: nn.Module) -> None:
     """Undo `mask_linear`."""
-    module.__class__ = unmasked_class(module)
+    restore_forward(module)
     object.__delattr__(module, _SLOT)
 
 
@@ -85,8 +83,7 @@ def is_masked(module: nn.Module) -> bool:
     return _SLOT in module.__dict__
 
 
-@cache
-def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
+def _masked_forward(cls: type[nn.Module]) -> Callable:
     def forward(self: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         masks = masks_of(self)
         if masks.inputs is not None:
@@ -97,7 +94,7 @@ def _masked_class(cls: type[nn.Module]) -> type[nn.Module]:
             y = cls.forward(self, x, *args, **kwargs)
         return y if masks.outputs is None else masks.outputs.apply(y)
 
-    return type(f"Masked{cls.__name__}", (cls,), {"forward": forward, OVER: cls, "__module__": cls.__module__})
+    return forward
 
 
 def device_of(module: nn.Module) -> torch.device:

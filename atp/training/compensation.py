@@ -89,6 +89,10 @@ class Compensation:
         """
         if self.how == "none":
             return
+        with self._attachment.plainly():
+            self._apply(decision, before, final)
+
+    def _apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor], final: bool) -> None:
         if final and self.final_batches is not self._batches:
             self.forget()  # it was measured on fewer
         batches = self.final_batches if final else self._batches

@@ -18,6 +18,7 @@ from atp.errors import UnsupportedModelError
 from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
+from atp.ops.implementation import uses_triton
 from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
@@ -46,7 +47,8 @@ class DecisionLearner:
         compensation: applied when the decision becomes final.
 
     Raises:
-        UnsupportedModelError: where `impl="compact"` is asked of a model whose layers it does not cover.
+        UnsupportedModelError: where `impl="compact"` or `"triton"` is asked of a model that it does not cover, or of a
+            machine without kernels.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class DecisionLearner:
             )
         if config.impl != "eager":
             attachment.fuse_adapters()
+        if config.impl == "triton":
+            _use_kernels(attachment)
         device = next(iter(attachment.masks.values())).device
         self.generator = _emitter(config, self.space).to(device)
         self._draw, self._compensation = draw, compensation
@@ -258,7 +262,9 @@ class DecisionLearner:
 
     def _set_start(self) -> None:
         kept = {s.name: torch.full((s.size,), self.config.logit_bias) for s in self.space.sets}
-        self.generator.set_start(self._draw() or kept)
+        with self.attachment.plainly():
+            drawn = self._draw()
+        self.generator.set_start(drawn or kept)
 
     @property
     def _temperature(self) -> float:
@@ -295,6 +301,18 @@ class DecisionLearner:
             **{f"kept_{kind}": share for kind, share in self.space.kept_share(decision).items()},
         }
         self._decision = decision
+
+
+def _use_kernels(attachment: Attachment) -> None:
+    try:
+        uses_triton(next(iter(attachment.masks.values())), "triton")
+    except ValueError as error:
+        raise UnsupportedModelError(f"{error}: use impl='auto'") from None
+    if not attachment.fuse_blocks("triton"):
+        raise UnsupportedModelError(
+            f"impl='triton' has kernels for blocks like Llama's, and {type(attachment.lm).__name__} has none: "
+            "use impl='auto'"
+        )
 
 
 def _emitter(config: ATPConfig, space: Space) -> DecisionGenerator | FreeLogits:

@@ -201,3 +201,14 @@ def test_compact_is_refused_before_training_where_it_cannot_be_had() -> None:
     unused = Compensation("none", attachment, lambda _: None, ())
     with pytest.raises(UnsupportedModelError, match=f"{path} is none: use impl='auto'"):
         DecisionLearner(config, attachment, Schedule.of(config, 20), lambda: None, unused)
+
+
+def test_kernels_are_refused_where_they_cannot_be_had(monkeypatch) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"needs the package triton, and a GPU .*: use impl='auto'"):
+        learner(impl="triton")
+    monkeypatch.setattr("atp.training.learner.uses_triton", lambda x, impl: True)
+    monkeypatch.setattr("atp.layers.Attachment.fuse_blocks", lambda self, impl: False)
+    with pytest.raises(
+        UnsupportedModelError, match=r"blocks like Llama's, and LlamaForCausalLM has none: use impl='auto'"
+    ):
+        learner(impl="triton")
