@@ -105,6 +105,7 @@ def test_eval_measures_every_model(base, tmp_path):
         ["train-step", "--rows", "2", "--length", "8", "--gradient-checkpointing"],
         ["run", "--rows", "2", "--length", "8", "--steps", "20"],
         ["infer", "--tokens", "8"],
+        ["kernels", "--tokens", "8", "--space", "disp"],
         ["export"],
     ],
 )

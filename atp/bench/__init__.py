@@ -2,6 +2,7 @@
 
 from atp.bench.export import export_cases
 from atp.bench.infer import infer_cases, pruned_copy
+from atp.bench.kernels import kernel_cases
 from atp.bench.timing import Case, Result, ceilings, interleaved
 from atp.bench.train_step import train_step_cases
 from atp.bench.whole_run import whole_run_results
@@ -13,6 +14,7 @@ __all__ = [
     "export_cases",
     "infer_cases",
     "interleaved",
+    "kernel_cases",
     "pruned_copy",
     "train_step_cases",
     "whole_run_results",

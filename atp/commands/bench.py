@@ -1,4 +1,4 @@
-"""`atp bench train-step | run | infer | export`: a model's speed before and after pruning, as ratios of one run."""
+"""`atp bench train-step | run | infer | kernels | export`: speed before and after pruning, as ratios of one run."""
 
 import argparse
 import csv
@@ -20,6 +20,7 @@ from atp.bench import (
     export_cases,
     infer_cases,
     interleaved,
+    kernel_cases,
     pruned_copy,
     train_step_cases,
     whole_run_results,
@@ -56,6 +57,9 @@ def add(commands: Any) -> None:
     infer.add_argument("--tokens", type=int, default=512, help="of the prompt (default 512)")
     infer.add_argument("--written", type=int, default=16, help="tokens written a call (default 16)")
     infer.set_defaults(results=_infer)
+    kernels = _declare(benches, "kernels", "one layer and its operations: PyTorch's, and kernels where a GPU is")
+    kernels.add_argument("--tokens", type=int, default=4096, help="that a layer reads (default 4096)")
+    kernels.set_defaults(results=_kernels, layers=1)
 
 
 def _declare(benches: Any, name: str, what: str) -> argparse.ArgumentParser:
@@ -117,6 +121,10 @@ def _export(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dic
 def _infer(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Result]]:
     cases = infer_cases(model.eval(), pruned_copy(model, config), arguments.tokens, arguments.written)
     return _interleaved(cases, arguments.calls)
+
+
+def _kernels(model: Any, config: ATPConfig, arguments: argparse.Namespace) -> dict[str, list[Result]]:
+    return _interleaved(kernel_cases(model, config, arguments.tokens), arguments.calls)
 
 
 def _interleaved(cases: dict[str, list[Case]], calls: int) -> dict[str, list[Result]]:

@@ -1,0 +1,17 @@
+"""What is timed on a GPU runs; what it computes is the other tests' affair."""
+
+from atp.bench import kernel_cases
+from atp.config import ATPConfig
+from tests import tiny
+from tests.ops.kernels import in_the_interpreter
+
+pytestmark = in_the_interpreter
+
+
+def test_every_case_of_kernels_runs(monkeypatch):
+    monkeypatch.setattr("atp.bench.kernels.uses_triton", lambda _x, _impl: True)
+    cases = kernel_cases(tiny.model(), ATPConfig(space="disp", sparsity=0.5, round_to=1), tokens=3)
+    with_kernels = [case for of_bench in cases.values() for case in of_bench if "kernels" in case.name]
+    assert len(with_kernels) == len(cases)
+    for case in with_kernels:
+        case.call()
