@@ -44,7 +44,7 @@ for folder in sys.argv[2:]:
 """
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     words = {f"w{i}": i for i in range(families.VOCABULARY)}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), unk_token="w0")
 
@@ -58,7 +58,7 @@ def test_folders_load_where_atp_cannot_be_imported(tmp_path):
     folders = []
     for space in ("uniform", "width", "disp"):
         live = masked(families.with_lora(families.build("phi3")), space)
-        folder = export(live, tmp_path / space / "pruned", processing_class=_tokenizer())
+        folder = export(live, tmp_path / space / "pruned", processing_class=tokenizer())
         saved = {"tokens": families.tokens(), "logits": families.logits(load(folder).eval())}
         torch.save(saved, tmp_path / space / "logits.pt")
         folders.append(str(folder))
@@ -86,7 +86,7 @@ def test_the_config_says_what_was_done(space):
 
 
 def test_the_tokenizer_comes_along(model, tmp_path):
-    folder = export(model, tmp_path / "out", processing_class=_tokenizer())
+    folder = export(model, tmp_path / "out", processing_class=tokenizer())
     assert AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens([5]) == ["w5"]
 
 

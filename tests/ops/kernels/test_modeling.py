@@ -1,0 +1,100 @@
+"""Exported models whose blocks gather and scatter in kernels. Oracle: the same model without them."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from atp.export import export, load, modeling_atp
+from tests import families
+from tests.export.cases import exported, masked
+from tests.export.test_folder import STRANGER, tokenizer
+from tests.ops.kernels import in_the_interpreter
+
+pytestmark = in_the_interpreter
+
+LIKE_LLAMA = ("llama", "mistral", "qwen3", "llama_biases")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches of the kernel."""
+    calls = []
+    boundary = modeling_atp._boundary
+    monkeypatch.setattr(modeling_atp, "_boundary", lambda *a: calls.append(a) or boundary(*a))
+    return calls
+
+
+def plainly(function, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(modeling_atp, "_kernels_can", lambda x: False)
+        return function()
+
+
+@pytest.mark.parametrize("family", LIKE_LLAMA)
+def test_logits_are_those_without_kernels(family, monkeypatch, launched):
+    model = load(exported(family, "disp").folder).eval()
+    expected = plainly(lambda: families.logits(model), monkeypatch)
+    assert not launched
+    found = families.logits(model)
+    assert len(launched) == 3 * model.config.num_hidden_layers
+    assert families.relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generates_the_same_tokens(cache, monkeypatch, launched):
+    model = load(exported("llama", "disp").folder).eval()
+    settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    prompt = families.tokens()[:, :4]
+    expected = plainly(lambda: model.generate(prompt, **settings), monkeypatch)
+    assert torch.equal(model.generate(prompt, **settings), expected)
+    assert launched
+
+
+def test_gradients_come_without_kernels(launched):
+    model = load(exported("llama", "disp").folder)
+    model(input_ids=families.tokens(), labels=families.tokens()).loss.backward()
+    assert not launched
+    assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_other_dimensions_are_seen_at_once(monkeypatch):
+    model = load(exported("llama", "disp").folder).eval()
+    families.logits(model)
+    attention = model.model.layers[0].self_attn
+    gone = torch.ones(attention.residual_size, dtype=torch.bool)
+    gone[attention.residual_out] = False
+    attention.residual_out[-1] = torch.nonzero(gone).flatten()[-1]
+    expected = plainly(lambda: families.logits(model), monkeypatch)
+    assert families.relative_error(families.logits(model), expected) < 1e-5
+
+
+def test_pickled_models_compute_the_same():
+    model = load(exported("llama", "disp").folder).eval()
+    found = families.logits(pickle.loads(pickle.dumps(model)))
+    assert families.relative_error(found, families.logits(model)) < 1e-5
+
+
+def test_works_where_atp_cannot_be_imported(tmp_path):
+    """Saved by this process, by kernels; loaded and run, by kernels, in one that has but torch and transformers."""
+    live = masked(families.with_lora(families.build("llama")), "disp")
+    folder = export(live, tmp_path / "disp" / "pruned", processing_class=tokenizer())
+    saved = {"tokens": families.tokens(), "logits": families.logits(load(folder).eval())}
+    torch.save(saved, folder.parent / "logits.pt")
+    script = STRANGER.replace(
+        "for folder, flag in ((sys.argv[1], False), (sys.argv[2], True), (sys.argv[3], True)):",
+        "for folder, flag in ((sys.argv[1], True),):",
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
