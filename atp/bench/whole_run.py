@@ -63,6 +63,8 @@ def whole_run_results(
     loader = DataLoader(dataset, rows, collate_fn=default_data_collator)
     batch = {k: v.to(base.device) for k, v in next(iter(loader)).items()}
     dense = OptimizerStep(adapted(base, lora_rank), batch, autocast)
+    plain = _Steps(steps)
+    plain.run(dense)  # for its memory, while nothing else is there
     model = adapted(base, lora_rank)
     run = PruningRun(
         config, model, attached(model, config), loader, None, total_steps=steps, batch_size=rows, quiet=True
@@ -70,9 +72,8 @@ def whole_run_results(
     pruned = OptimizerStep(model, batch, autocast, run.learner)
     schedule = run.learner.schedule
     beginnings = {"before pruning": 0, "learning": schedule.start_step, "final": schedule.freeze_step}
-    dense()
-    plain, kinds = _Steps(steps), {}
     run.learner.start()
+    kinds = {}
     for (name, begins), ends in zip(beginnings.items(), [*list(beginnings.values())[1:], steps], strict=True):
         if ends > begins:
             pruned.index = begins
@@ -86,7 +87,7 @@ def whole_run_results(
 def _timed(kind: _Steps, pruned: OptimizerStep, plain: _Steps, dense: OptimizerStep, calls: int) -> _Steps:
     kind.first = kind.run(pruned)
     for _ in range(calls):
-        plain.later.append(plain.run(dense))
+        plain.later.append(measured(dense)[0])
         kind.later.append(kind.run(pruned))
     return kind
 
