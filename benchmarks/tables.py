@@ -20,7 +20,7 @@ def main() -> None:
     check = parser.parse_args().check
     parts = {
         HERE / "quality": quality.part(draw=not check),
-        HERE / "performance": performance.part(),
+        HERE / "performance": performance.part(draw=not check),
         HERE.parent: quality.top_table(),
     }
     for place, part in parts.items():

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The CPU rows of this folder, a quarter of an hour on two cores.
+# The CPU rows of this folder, half an hour on two cores.
 set -e
 out="$(dirname "$0")/results"
 mkdir -p "$out"
@@ -9,3 +9,4 @@ for space in width disp; do
     atp bench infer --space "$space" --tokens 128 --csv "$out/cpu_infer_128_$space.csv"
 done
 atp bench export --config llama-3-8b --layers 8 --dtype bfloat16 --calls 3 --csv "$out/cpu_export_width.csv"
+atp bench run --sparsity 0.4 --freeze-at 0.5 --calls 3 --csv "$out/cpu_run_width.csv"
