@@ -137,6 +137,11 @@ def test_bench_refuses_before_it_measures(capsys, options, message):
     assert message in refused(capsys, "bench", "infer", *options)
 
 
+def test_bench_refuses_kernels_where_there_are_none(base, capsys):
+    options = ("--config", str(base), "--round-to", "1", "--rows", "1", "--length", "4", "--impl", "triton")
+    assert "needs the package triton, and a GPU" in refused(capsys, "bench", "train-step", *options)
+
+
 def test_shapes_are_those_of_the_models(capsys, tmp_path):
     """Parameter counts as the models' cards give them."""
     known = {"llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "mistral-7b": 7_248_023_552}

@@ -28,7 +28,7 @@ from atp.bench import (
 from atp.commands.models import random_model
 from atp.commands.output import print_table, write_json, write_text
 from atp.commands.shapes import SHAPES
-from atp.config import SPACES, ATPConfig
+from atp.config import IMPLS, SPACES, ATPConfig
 from atp.errors import ConfigError
 from atp.recipe import DTYPES
 
@@ -49,6 +49,7 @@ def add(commands: Any) -> None:
     for bench in (train_step, whole):
         bench.add_argument("--rows", type=int, default=8, help="rows of the batch (default 8)")
         bench.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
+        bench.add_argument("--impl", choices=IMPLS, default=ATPConfig.impl, help="how layers compute, see ATPConfig")
     export = _declare(benches, "export", "writing the smaller model of a run, beside a plain save of the dense one")
     export.set_defaults(results=_export)
     for bench in (train_step, whole, export):
@@ -89,6 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         sparsity=arguments.sparsity,
         round_to=arguments.round_to,
         freeze_at=getattr(arguments, "freeze_at", ATPConfig.freeze_at),
+        impl=getattr(arguments, "impl", ATPConfig.impl),
     )
     torch.manual_seed(0)
     model = random_model(arguments.config, arguments.layers, arguments.dtype)
