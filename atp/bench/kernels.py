@@ -31,6 +31,9 @@ _EPS = 1e-5
 _BEYOND_CACHES = 256 << 20
 """Bytes of weights that decoding goes through before it comes back to the first."""
 
+_MOST_COPIES = 64
+"""Of a layer, for that: a toy's would be many thousands."""
+
 Boundary = Callable[[Tensor, Tensor, Tensor, Selection | None, Selection | None], tuple[Tensor, Tensor]]
 Gate = Callable[[Tensor, Tensor], Tensor]
 
@@ -204,7 +207,7 @@ def _decodes(full: _Layer, token: Tensor) -> list[Case]:
     compact, dense = (full.each(lambda one: one.compact), full.each(lambda one: one.dense))
 
     def case(name: str, layer: _Layer, one: Callable[[Tensor, _Linear], object], limit: float | None) -> Case:
-        copies = 1 + _BEYOND_CACHES // (layer.parameters * token.element_size())
+        copies = min(_MOST_COPIES, 1 + _BEYOND_CACHES // (layer.parameters * token.element_size()))
         layers = [layer.each(lambda part: replace(part, weight=part.weight.clone())).linears for _ in range(copies)]
         inputs = [token.new_ones(1, _inputs(part)) for part in layer.linears]
         turn = cycle(layers)
