@@ -1,8 +1,9 @@
 """Optimizer steps of a run: plain LoRA, under masks that are being learned, and under the final decision.
 
 Every case is a model of its own on the same base weights, and takes the steps that `ATPCallback` makes the Trainer
-take: generator, LoRA, proximal step. Not covered: the Trainer's own bookkeeping and gradient clipping; distillation;
-`mode="alternating"`; scoring and refitting, which a run does once.
+take: generator, LoRA, proximal step. Between generator steps (`generator_every`; every LoRA step of
+`mode="alternating"`) a decision is drawn, but nobody asks for its gradient. Not covered: the Trainer's own bookkeeping
+and gradient clipping; distillation; passes over calibration data; scoring and refitting, which a run does once.
 """
 
 import warnings
@@ -80,18 +81,19 @@ def train_step_cases(
     ids = torch.randint(base.config.get_text_config().vocab_size, (rows, length)).to(base.device)
     batch = {"input_ids": ids, "labels": ids}
 
-    def pruned(freeze_at: float, impl: str) -> tuple[OptimizerStep, Attachment]:
+    def pruned(**settings: object) -> tuple[OptimizerStep, Attachment]:
         model = adapted(base, lora_rank, checkpointing)
-        learner = _learner(model, config, freeze_at, impl)
+        learner = _learner(model, config, settings)
         return OptimizerStep(model, batch, autocast, learner), learner.attachment
 
-    learning, attachment = pruned(1.0, config.impl)
+    learning, attachment = pruned(freeze_at=1.0)
     left = flops_left(base, attachment.space, config.sparsity)
     return [
         Case("dense LoRA", OptimizerStep(adapted(base, lora_rank, checkpointing), batch, autocast)),
         Case("before the freeze", learning, 1.0),
-        Case("after the freeze, eager", pruned(0.0, "eager")[0], 1.0),
-        Case("after the freeze", pruned(0.0, config.impl)[0], left),
+        Case("before the freeze, between generator steps", pruned(freeze_at=1.0, generator_every=_STEPS)[0], left),
+        Case("after the freeze, eager", pruned(freeze_at=0.0, impl="eager")[0], 1.0),
+        Case("after the freeze", pruned(freeze_at=0.0)[0], left),
     ]
 
 
@@ -110,16 +112,9 @@ def flops_left(base: PreTrainedModel, space: Space, sparsity: float) -> float:
     return 1.0 - 2 * sparsity * space.prunable_parameters / flops_per_token(base)
 
 
-def _learner(model: PeftModel, config: ATPConfig, freeze_at: float, impl: str) -> DecisionLearner:
-    values = config.to_dict() | {
-        "mode": "joint",
-        "init": "random",
-        "compensate": "none",
-        "start_at": 0.0,
-        "freeze_at": freeze_at,
-        "impl": impl,
-    }
-    config = ATPConfig.from_dict(values)
+def _learner(model: PeftModel, config: ATPConfig, settings: dict[str, object]) -> DecisionLearner:
+    values = {"mode": "joint", "generator_every": 1, "init": "random", "compensate": "none", "start_at": 0.0}
+    config = ATPConfig.from_dict(config.to_dict() | values | settings)
     attachment = attached(model, config)
     compensation = Compensation("none", attachment, model, ())
     draw = partial(start, config, attachment, None, model, quiet=True)

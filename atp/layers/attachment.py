@@ -67,8 +67,10 @@ class Attachment:
             leaf.grad = None
 
     def decision(self) -> dict[str, Tensor]:
-        """A copy of the masks as they stand, on the CPU."""
-        return {name: leaf.detach().cpu().clone() for name, leaf in self.masks.items()}
+        """A copy of the masks as they stand, on the CPU, in one transfer."""
+        sizes = [len(leaf) for leaf in self.masks.values()]
+        values = torch.cat([leaf.detach() for leaf in self.masks.values()]).cpu()
+        return {name: part.clone() for name, part in zip(self.masks, values.split(sizes), strict=True)}
 
     def fuse_adapters(self) -> None:
         """Compute LoRA and its base layer as one operation from now on, the same up to rounding, where it is plain."""
@@ -99,7 +101,7 @@ class Attachment:
         if self.not_plain():
             return False
         fused = {name for sets in self._fused_sets().values() for name in sets.values()}
-        for path, compact in compacted(self.space, self.lm, self.masks, self._shared, fused).items():
+        for path, compact in compacted(self.space, self.lm, self.decision(), self._shared, fused).items():
             mask_linear(self.modules[path], LinearMasks(None, None, compact))
         for index, sets in self._fused_sets().items():
             keep = {kind: self.masks[name] > 0 for kind, name in sets.items() if kind != MLP}

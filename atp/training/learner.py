@@ -117,6 +117,8 @@ class DecisionLearner:
         hard = self._harden(self._noisy)
         self.attachment.set_masks(hard)
         self.attachment.require_gradients(joint)
+        if not joint:
+            self._compute_only_kept()
         self._record(hard)
 
     def alternate(self, step: int, loss: Callable[[], Tensor]) -> None:
@@ -242,7 +244,7 @@ class DecisionLearner:
             self._compensation.apply(self._first, self.space.full(), final=False)
 
     def _compute_only_kept(self) -> None:
-        """The decision is final: nothing else need be computed."""
+        """Nobody asks what removed groups would have been worth: they need not be computed."""
         if self.config.impl != "eager":
             self.attachment.compact()
 

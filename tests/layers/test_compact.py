@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from atp.errors import UnsupportedModelError
-from atp.layers import attach, detach
+from atp.layers import attach, compact, detach
+from atp.layers.masked import is_masked, masks_of
 from atp.structure.discovery import discover
 from atp.structure.space import build_space
 from tests import families
@@ -55,6 +56,24 @@ def test_values_and_gradients_are_those_of_the_masked_model(family, space_name, 
             assert compact_gradients[name].abs().max() <= 1e-6, name
     detach(model)
     assert not any(type(module).__name__.startswith("Masked") for module in model.modules())
+
+
+@pytest.mark.parametrize("space_name", ["width", "disp"])
+@pytest.mark.parametrize("family", ["llama", "starcoder2", "gemma3"])
+def test_calls_of_many_tokens_copy_the_base_weight_each_time(family, space_name, monkeypatch):
+    """Values and gradients are those of calls of few tokens, and no copy is left."""
+    model, attachment = _attached(family, space_name)
+    attachment.compact()
+    logits, gradients = _logits_and_gradients(model)
+    attachment.set_masks(attachment.decision())
+    attachment.compact()
+    monkeypatch.setattr(compact, "WORTH_COPYING_AGAIN", 2)
+    again, gradients_again = _logits_and_gradients(model)
+    assert torch.equal(again, logits)
+    assert all(torch.equal(gradients_again[name], gradient) for name, gradient in gradients.items())
+    layers = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
+    assert layers
+    assert not any(layer._copies for layer in layers)
 
 
 @every_case

@@ -1,9 +1,12 @@
 """LoRA as one operation. Oracle: its eager definition, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn.functional import linear
 
-from atp.ops.lora import lora_linear, lora_linear_eager
+from atp.ops.lora import frozen_linear, lora_linear, lora_linear_eager
 from tests import families
 
 SHAPES = [(1, 1, 3, 5, 1), (2, 3, 7, 4, 2), (1, 17, 12, 33, 4)]
@@ -53,8 +56,36 @@ def test_inputs_that_need_no_gradient_get_none():
     assert torch.allclose(of_a, *expected)
 
 
-def test_compiles_into_one_graph():
-    given = arguments(*SHAPES[2], dtype=torch.float32)
+class Made:
+    """Makes a weight, and counts how often."""
+
+    def __init__(self, weight):
+        self.weight, self.times = weight, 0
+
+    def __call__(self):
+        self.times += 1
+        return self.weight.clone()
+
+
+def test_a_weight_that_is_made_is_made_for_each_pass_and_not_kept():
+    x, weight, bias, *rest = arguments(*SHAPES[1])
+    for function, definition, others in ((lora_linear, lora_linear_eager, rest), (frozen_linear, linear, [])):
+        made, kept = Made(weight), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: (kept.append(t.shape), t)[1], lambda t: t):
+            y = function(x, made, bias, *others)
+        assert made.times == 1
+        assert weight.shape not in kept
+        found = torch.autograd.grad(y, x, torch.ones_like(y))[0]
+        assert made.times == 2
+        expected = results(definition, (x, weight, bias, *others))
+        assert torch.allclose(y, expected[0])
+        assert torch.allclose(found, expected[1])
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_compiles_into_one_graph(made):
+    x, weight, *rest = arguments(*SHAPES[2], dtype=torch.float32)
+    given = (x, partial(torch.clone, weight) if made else weight, *rest)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
-    for found, expected in zip(results(compiled, given), results(lora_linear_eager, given), strict=True):
+    for found, expected in zip(results(compiled, given), results(lora_linear_eager, (x, weight, *rest)), strict=True):
         assert torch.allclose(found, expected, atol=1e-5)

@@ -69,6 +69,22 @@ def test_alternating_takes_its_gradient_under_soft_masks_and_leaves_lora_without
     assert not any(m.requires_grad for m in made.attachment.masks.values())
 
 
+@pytest.mark.parametrize(
+    ("settings", "compact"),
+    [
+        ({"mode": "alternating"}, [True, True, True]),
+        ({"generator_every": 2}, [False, True, False]),
+        ({"generator_every": 2, "impl": "eager"}, [False, False, False]),
+    ],
+)
+def test_only_kept_is_computed_where_no_gradient_of_a_mask_is_asked_for(settings, compact) -> None:
+    made, found = learner(**settings), []
+    for step in range(3):
+        made.begin_step(step)
+        found.append(made.attachment.is_compact)
+    assert found == compact
+
+
 def test_every_hard_decision_is_on_budget_and_freezing_drops_the_noise() -> None:
     made = learner(budget_ramp=0.0, logit_bias=0.0)
     for step in range(12):
