@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from atp.bench.copies import mask_at_random, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
+from atp.errors import UnsupportedModelError
 from atp.layers import attachment_of
 from atp.ops.boundary import add_norm_gather
 from atp.ops.compaction import compact_weight
@@ -103,6 +104,9 @@ def kernel_cases(model: PreTrainedModel, config: ATPConfig, tokens: int) -> dict
 
     Args:
         tokens: of one sequence; decoding reads one.
+
+    Raises:
+        UnsupportedModelError: where the MLP has no gate.
     """
     masked = on_the_same_tensors(model)
     mask_at_random(masked, config)
@@ -144,6 +148,11 @@ def _first_layer(model: PreTrainedModel) -> _Layer:
         return replace(one, written=one.rows)
 
     attention, mlp = block.attention, block.mlp
+    if len(mlp.readers) == 1 and mlp.readers[0].out_features == mlp.writer.in_features:
+        raise UnsupportedModelError(
+            f"{type(attachment.lm).__name__} has MLPs without a gate, for which there is no kernel to time: use "
+            "atp bench train-step or infer"
+        )
     return _Layer(readers(attention), writer(attention), readers(mlp), writer(mlp))
 
 
@@ -166,7 +175,7 @@ def _layers(full: _Layer, stream: Tensor, norm: Tensor) -> list[Case]:
         case("compact, index operations", compact, _with_index_operations, _plain_gate, limit),
     ]
     if uses_triton(stream, "auto"):
-        cases.append(case("compact, kernels", compact, _with_kernels, gated, limit))
+        cases.append(case("compact, kernels", compact, _with_kernels, _kernel_gate, limit))
     return cases
 
 
@@ -187,7 +196,7 @@ def _gates(full: _Layer, stream: Tensor) -> list[Case]:
     return [
         _copy_of(3 * gate.numel(), stream),
         Case("two operations", lambda: _plain_gate(gate, up), 1.0),
-        *_with_triton(stream, lambda: gated(gate, up)),
+        *_with_triton(stream, lambda: _kernel_gate(gate, up)),
     ]
 
 
@@ -262,6 +271,10 @@ def _nothing_moved(
 
 def _plain_gate(gate: Tensor, up: Tensor) -> Tensor:
     return silu(gate) * up
+
+
+def _kernel_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return gated(gate, up, impl="triton")
 
 
 def _width(chosen: Selection | None, stream: Tensor) -> int:

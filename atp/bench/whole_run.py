@@ -11,6 +11,7 @@ Not covered: what `train_step` does not cover but for scores and refit; reading 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +21,9 @@ from atp.bench.copies import attached
 from atp.bench.timing import Result, measured, percentile
 from atp.bench.train_step import OptimizerStep, adapted, flops_left
 from atp.config import ATPConfig
+from atp.errors import ConfigError
 from atp.training.run import PruningRun
+from atp.training.schedule import Schedule
 
 _DATASET_ROWS = 1024
 """Random rows to draw those for calibration and refit from: enough for the defaults of both."""
@@ -57,7 +60,12 @@ def whole_run_results(
 
     Returns:
         Plain LoRA, ATP, and by how much the first step of a kind takes longer than a later one.
+
+    Raises:
+        ConfigError: where the run has fewer steps of a kind than are to be timed.
     """
+    schedule = Schedule.of(config, steps)
+    spans = _spans(schedule, calls)
     autocast = base.dtype == torch.bfloat16
     dataset = _RandomRows(base.config.get_text_config().vocab_size, length)
     loader = DataLoader(dataset, rows, collate_fn=default_data_collator)
@@ -70,18 +78,29 @@ def whole_run_results(
         config, model, attached(model, config), loader, None, total_steps=steps, batch_size=rows, quiet=True
     )
     pruned = OptimizerStep(model, batch, autocast, run.learner)
-    schedule = run.learner.schedule
-    beginnings = {"before pruning": 0, "learning": schedule.start_step, "final": schedule.freeze_step}
     run.learner.start()
     kinds = {}
-    for (name, begins), ends in zip(beginnings.items(), [*list(beginnings.values())[1:], steps], strict=True):
-        if ends > begins:
-            pruned.index = begins
-            kinds[name] = _timed(_Steps(ends - begins), pruned, plain, dense, calls)
+    for name, (begins, count) in spans.items():
+        pruned.index = begins
+        kinds[name] = _timed(_Steps(count), pruned, plain, dense, calls)
     run.end()
     plain.first = percentile(plain.later, 0.5)
     left = flops_left(base, run.learner.space, config.sparsity)
     return _results(plain, kinds, 1.0 - (1.0 - left) * (steps - schedule.freeze_step) / steps)
+
+
+def _spans(schedule: Schedule, calls: int) -> dict[str, tuple[int, int]]:
+    """First step and number of each kind of step that there is."""
+    begins = {"before pruning": 0, "learning": schedule.start_step, "final": schedule.freeze_step}
+    ends = (schedule.start_step, schedule.freeze_step, schedule.total_steps)
+    spans = {name: (at, end - at) for (name, at), end in zip(begins.items(), ends, strict=True) if end > at}
+    kind, count = min(((name, count) for name, (_, count) in spans.items()), key=itemgetter(1))
+    if count < calls + 1:
+        raise ConfigError(
+            f"a run of {schedule.total_steps} steps has {count} {kind!r}, and {calls + 1} of each kind are timed: "
+            "raise --steps or lower --calls"
+        )
+    return spans
 
 
 def _timed(kind: _Steps, pruned: OptimizerStep, plain: _Steps, dense: OptimizerStep, calls: int) -> _Steps:

@@ -161,7 +161,10 @@ def _is_like_llamas(block: Any) -> bool:
 
 
 def _same_forward(module: nn.Module, known: type[nn.Module]) -> bool:
-    own, other = ("".join(inspect.getsource(cls.forward).split()) for cls in (type(module), known))
+    try:
+        own, other = ("".join(inspect.getsource(cls.forward).split()) for cls in (type(module), known))
+    except (OSError, TypeError):  # no source at hand
+        return False
     return own == other
 
 
@@ -187,7 +190,7 @@ def forward(
         "position_embeddings": position_embeddings,
         **kwargs,
     }
-    if not _kernels_can(hidden_states):
+    if not _kernels_can(self, hidden_states):
         return type(self).forward(self, hidden_states, **arguments)
     attention, mlp = self.self_attn, self.mlp
     _, normed = _boundary(hidden_states, None, None, self.input_layernorm, attention.residual_in)
@@ -198,9 +201,20 @@ def forward(
     return _boundary(residual, mlp.forward(normed), _position(mlp), None, None)[0]
 
 
-def _kernels_can(x: Tensor) -> bool:
+def _kernels_can(block: Any, x: Tensor) -> bool:
+    """Not where gradients, float64 or a graph are wanted, weights lie elsewhere, or somebody looks into the block."""
     where = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return where and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not where or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    return all(norm.weight.device == x.device and _hooks(norm) == (0, 0) for norm in norms) and all(
+        _hooks(half) == (1, 1) for half in (block.self_attn, block.mlp)
+    )
+
+
+def _hooks(module: nn.Module) -> tuple[int, int]:
+    """How many there are before and after a module; `_gather` and `_scatter` are one each."""
+    return len(module._forward_pre_hooks), len(module._forward_hooks)
 
 
 def _position(module: Any) -> Tensor:

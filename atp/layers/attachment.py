@@ -14,6 +14,7 @@ from atp.layers.compact import CompactLinear, compacted, is_plain
 from atp.layers.fused import KINDS, FusedMasks, fuse, fused_masks, is_fusable, unfuse
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
 from atp.layers.shared import Shared, shared_by_set
+from atp.layers.swapping import has_own_forward
 from atp.ops.selection import Selection
 from atp.structure.live import causal_lm
 from atp.structure.space import MLP, Axis, Space
@@ -45,7 +46,6 @@ class Attachment:
         self._adapters_fused = False
         self._blocks: dict[int, nn.Module] = {}
         self._impl = "auto"
-        self._shared = shared_by_set(space)
         self._put_masks()
         self._guarded = model.base_model if isinstance(model, PeftModel) else None
         for name in _UNLOADING if self._guarded is not None else ():
@@ -101,7 +101,7 @@ class Attachment:
         if self.not_plain():
             return False
         fused = {name for sets in self._fused_sets().values() for name in sets.values()}
-        for path, compact in compacted(self.space, self.lm, self.decision(), self._shared, fused).items():
+        for path, compact in compacted(self.space, self.lm, self.decision(), fused).items():
             mask_linear(self.modules[path], LinearMasks(None, None, compact))
         for index, sets in self._fused_sets().items():
             keep = {kind: self.masks[name] > 0 for kind, name in sets.items() if kind != MLP}
@@ -123,19 +123,22 @@ class Attachment:
             return
         for block in blocks.values():
             unfuse(block)
-        self._blocks = {}
+        self._blocks, before = {}, self.decision()
         self._put_masks()
         try:
             yield
         finally:
             self._blocks = blocks
             self._put_masks()
-            if compact:
+            if compact and all(torch.equal(mask, before[name]) for name, mask in self.decision().items()):
                 self.compact()
 
     @contextmanager
     def lifted(self, paths: Iterable[str] | None = None) -> Iterator[None]:
-        """Within it layers (of `paths`, or all) compute all they hold, without masks; these are then as they were."""
+        """Within it layers (of `paths`, or all) compute all they hold, without masks; these are then as they were.
+
+        Of a block that is fused (see `plainly`) all layers or none.
+        """
         modules = {path: self.modules[path] for path in (self.modules if paths is None else paths)}
         masked = {path: masks_of(module) for path, module in modules.items() if is_masked(module)}
         blocks = {block.index: block.path for block in self.space.structure.blocks if block.index in self._blocks}
@@ -166,10 +169,11 @@ class Attachment:
     def _put_masks(self) -> None:
         fused = self._fused_sets()
         elsewhere = {name for sets in fused.values() for name in sets.values()}
+        shared = shared_by_set(self.space)
         for linear in self.space.linears:
             module = self.modules[linear.path]
             masks = LinearMasks(
-                self._axis(linear.cols, self._shared, elsewhere) if linear.mask_cols else None,
+                self._axis(linear.cols, shared, elsewhere) if linear.mask_cols else None,
                 self._axis(linear.rows, {}, elsewhere) if linear.mask_rows else None,
                 CompactLinear() if self._adapters_fused and isinstance(module, LoraLinear) else None,
             )
@@ -209,11 +213,17 @@ def attach(model: nn.Module, space: Space) -> Attachment:
     Outputs stay bitwise what they were until a mask changes. Attach after `get_peft_model`.
 
     Raises:
-        UnsupportedModelError: where the model is attached already.
+        UnsupportedModelError: where the model is attached already, or a layer's forward has been replaced.
     """
     lm = causal_lm(model)
     if attachment_of(lm) is not None:
         raise UnsupportedModelError(f"{type(lm).__name__} is already attached: call atp.layers.detach(model) first")
+    for linear in space.linears:
+        if has_own_forward(lm.get_submodule(linear.path)):
+            raise UnsupportedModelError(
+                f"{linear.path} has been given a forward of its own, as accelerate gives one to layers of a model that "
+                "device_map spreads, and a mask on it would do nothing: load the model without device_map"
+            )
     attachment = Attachment(model, space)
     object.__setattr__(lm, _SLOT, attachment)
     return attachment

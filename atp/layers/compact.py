@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from atp.errors import UnsupportedModelError
-from atp.layers.shared import Shared
+from atp.layers.shared import Shared, shared_by_set
 from atp.layers.swapping import own_class
 from atp.ops import Weight, frozen_linear, gather_features, lora_linear, scatter_features
 from atp.structure.live import active_adapters, base_layer, is_quantised
@@ -181,18 +181,15 @@ class CompactLinear:
         return (bias if self.outputs is None else self.outputs.of(bias, 0)).to(dtype)
 
 
-def compacted(
-    space: Space, lm: nn.Module, masks: Mapping[str, Tensor], shared: Mapping[str, Shared], fused: set[str]
-) -> dict[str, CompactLinear]:
+def compacted(space: Space, lm: nn.Module, masks: Mapping[str, Tensor], fused: set[str]) -> dict[str, CompactLinear]:
     """What is left of every layer that loses something, by path.
 
     Args:
         lm: the causal LM that holds the layers, all of them plain (`is_plain`).
         masks: a hard decision, 0 or 1, `(size,)` per group set, on the CPU.
-        shared: by group set, see `shared_by_set`.
         fused: sets that blocks take care of: kept features are all that their layers are given and give.
     """
-    passed_on = _passed_on(space, lm) | fused
+    passed_on, shared = _passed_on(space, lm) | fused, shared_by_set(space)
     found = {}
     for layer in space.linears:
         device = base_layer(lm.get_submodule(layer.path)).weight.device

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
-from atp.layers.swapping import own_class, restore_forward, swap_forward
+from atp.layers.swapping import has_own_forward, own_class, restore_forward, swap_forward
 from atp.ops.boundary import add_norm_gather
 from atp.ops.gated import gated
 from atp.ops.selection import Selection, scatter_features
@@ -73,8 +73,10 @@ def fused_masks(layer: nn.Module) -> FusedMasks:
 
 
 def unfuse(layer: nn.Module) -> None:
-    """Undo `fuse`."""
+    """Undo `fuse`, where it is in force."""
     known: Any = layer
+    if _SLOT not in vars(layer):
+        return
     for module in (layer, known.mlp):
         restore_forward(module)
         object.__delattr__(module, _SLOT)
@@ -145,7 +147,7 @@ def _mlp_forward(_cls: type[nn.Module]) -> Callable:
 
 def _is_as(module: nn.Module, known: type[nn.Module]) -> bool:
     own, other = (_source(cls.forward) for cls in (own_class(module), known))
-    return own is not None and own == other
+    return own is not None and own == other and not has_own_forward(module)
 
 
 @cache

@@ -31,7 +31,7 @@ class Shared:
         Args:
             state: what else the value depends on.
         """
-        if self._readers == 1 or x.is_inference() or torch.compiler.is_compiling():
+        if self._readers == 1 or torch.compiler.is_compiling() or x.is_inference():
             return compute(x)
         key, last = (x._version, torch.is_grad_enabled(), state), self._last
         if last is None or last.x is not x or last.key != key:

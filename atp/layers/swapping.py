@@ -29,6 +29,11 @@ def restore_forward(module: nn.Module) -> None:
     module.__class__ = own_class(module)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a `forward` has been put on the module itself: its class's, swapped or not, is then not called."""
+    return "forward" in vars(module)
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module, whether or not it has been swapped."""
     return type(module).__dict__.get(_OVER, type(module))

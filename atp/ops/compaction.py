@@ -53,7 +53,9 @@ def compact_weight(
 
 def compact_weight_eager(weight: Tensor, rows: Selection | None = None, cols: Selection | None = None) -> Tensor:
     """The definition of `compact_weight`."""
-    kept = weight.clone() if rows is None else weight.index_select(0, rows.index)
+    if rows is None and cols is None:
+        return weight.clone()
+    kept = weight if rows is None else weight.index_select(0, rows.index)
     return kept if cols is None else kept.index_select(1, cols.index)
 
 

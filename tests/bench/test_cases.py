@@ -36,19 +36,25 @@ def test_every_step_trains_adapters_of_its_own_on_the_same_base(base, space):
 
 def test_steps_are_what_their_names_say(base):
     cases = train_step_cases(base, ATPConfig(sparsity=0.5, round_to=1), lora_rank=2, rows=2, length=8)
-    dense, learning, eager, frozen = (case.call for case in cases)
-    for step in (dense, learning, eager, frozen):
+    dense, learning, between, eager, frozen = (case.call for case in cases)
+    for step in (dense, learning, between, eager, frozen):
         step()
     assert dense._learner is None
     generator = {k: v.clone() for k, v in learning._learner.generator.state_dict().items()}
     learning()
     assert not learning._learner.frozen
     assert any(not torch.equal(v, generator[k]) for k, v in learning._learner.generator.state_dict().items())
+    generator = {k: v.clone() for k, v in between._learner.generator.state_dict().items()}
+    between()
+    assert not between._learner.frozen
+    assert between._learner.attachment.is_compact
+    assert all(torch.equal(v, generator[k]) for k, v in between._learner.generator.state_dict().items())
     for step, compact in ((eager, False), (frozen, True)):
         assert step._learner.frozen
         assert step._learner.attachment.is_compact is compact
         assert step._learner.space.sparsity(step._learner.decision()) == pytest.approx(0.5, abs=0.05)
-    assert cases[3].limit == pytest.approx(
+    assert cases[2].limit == cases[4].limit
+    assert cases[4].limit == pytest.approx(
         flops_per_token(pruned_copy(base, ATPConfig(sparsity=0.5, round_to=1))) / flops_per_token(base), abs=0.02
     )
 

@@ -7,9 +7,10 @@ from torch.nn.functional import linear, rms_norm, silu
 from atp.bench import kernel_cases, kernels, pruned_copy
 from atp.bench.copies import mask_at_random, on_the_same_tensors
 from atp.config import ATPConfig
+from atp.errors import UnsupportedModelError
 from atp.evaluation import count_parameters
 from atp.layers import attachment_of
-from tests import tiny
+from tests import families, tiny
 
 TOKENS = 5
 
@@ -47,6 +48,11 @@ def masked_layer(block, stream, norm, masks):
     n = mask("mlp_in", rms_norm(stream, norm.shape, norm, 1e-5))
     hidden = silu(linear(n, block.mlp.gate_proj.weight)) * linear(n, block.mlp.up_proj.weight)
     return stream + mask("mlp_out", linear(mask("mlp", hidden), block.mlp.down_proj.weight))
+
+
+def test_an_mlp_without_a_gate_is_refused():
+    with pytest.raises(UnsupportedModelError, match="Starcoder2ForCausalLM has MLPs without a gate"):
+        kernel_cases(families.build("starcoder2"), ATPConfig(sparsity=0.5, round_to=1), TOKENS)
 
 
 @pytest.mark.parametrize("space", ["width", "disp"])

@@ -4,6 +4,7 @@ import pytest
 
 from atp.bench import whole_run_results
 from atp.config import ATPConfig
+from atp.errors import ConfigError
 from atp.evaluation import flops_per_token
 from tests import tiny
 
@@ -61,6 +62,12 @@ def test_steps_are_taken_where_they_come_in_the_run(seconds):
     gone = learner.space.prunable_parameters * 0.5
     left = 1.0 - 2 * gone / flops_per_token(base)
     assert results[1].limit == pytest.approx(1.0 - (1.0 - left) / 2)
+
+
+def test_a_run_with_fewer_steps_of_a_kind_than_are_timed_is_refused():
+    config = ATPConfig(sparsity=0.5, round_to=1, freeze_at=FREEZE_AT)
+    with pytest.raises(ConfigError, match="of 40 steps has 10 'before pruning', and 11 of each kind are timed: raise"):
+        whole_run_results(tiny.model(), config, lora_rank=2, rows=2, length=8, steps=STEPS, calls=10)
 
 
 def test_a_kind_without_steps_is_left_out(seconds):

@@ -5,6 +5,7 @@ Oracle: the untouched model, bitwise; a masked forward written out by hand on ze
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model_state_dict
 
 from atp.errors import ATPError, UnsupportedModelError
@@ -142,6 +143,16 @@ def test_attaching_twice_is_refused():
     attach(model, _space(model, "width"))
     with pytest.raises(UnsupportedModelError, match="already attached"):
         attach(model, _space(model, "width"))
+
+
+def test_a_layer_whose_forward_has_been_replaced_is_refused_and_nothing_is_touched():
+    model = families.with_lora(families.build("llama"))
+    classes = [type(m) for m in model.modules()]
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    add_hook_to_module(layer, ModelHook())
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.up_proj has been given .*without device_map"):
+        attach(model, _space(model, "width"))
+    assert [type(m) for m in model.modules()] == classes
 
 
 def test_detaching_an_unattached_model_is_refused():

@@ -3,6 +3,8 @@
 The operations compute eagerly here; kernels in their place: `tests/ops/kernels/test_blocks.py`.
 """
 
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -123,6 +125,39 @@ def test_a_norm_or_an_mlp_of_another_kind_is_not_taken_for_llamas():
     block = families.build("llama").model.layers[0]
     block.mlp.act_fn = nn.ReLU()
     assert not is_fusable(block)
+
+
+@pytest.mark.parametrize("part", ["", ".mlp", ".input_layernorm"])
+def test_a_forward_put_on_a_module_itself_is_not_taken_for_llamas(part):
+    model, attachment = attached("llama", "disp")
+    path = attachment.space.structure.blocks[0].path
+    module = attachment.lm.get_submodule(path + part)
+    module.forward = MethodType(type(module).forward, module)
+    expected = families.logits(model)
+    attachment.fuse_blocks("eager")
+    assert 0 not in attachment._blocks
+    assert torch.allclose(families.logits(model), expected, atol=1e-5)
+
+
+def test_masks_changed_among_plain_blocks_are_not_cut():
+    model, attachment = attached("llama", "width")
+    attachment.fuse_blocks("eager")
+    attachment.compact()
+    soft = {name: torch.rand_like(mask) for name, mask in attachment.masks.items()}
+    with attachment.plainly():
+        attachment.set_masks(soft)
+        expected = families.logits(model)
+    assert not attachment.is_compact
+    assert torch.allclose(families.logits(model), expected, atol=1e-5)
+
+
+def test_plain_blocks_may_be_asked_for_where_layers_are_lifted():
+    model, attachment = attached("llama", "width")
+    attachment.fuse_blocks("eager")
+    expected = families.logits(model)
+    with attachment.lifted(), attachment.plainly():
+        pass
+    assert torch.allclose(families.logits(model), expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its only name in 5.17

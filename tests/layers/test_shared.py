@@ -78,6 +78,31 @@ def test_each_half_of_a_block_prepares_its_input_once(compact, monkeypatch):
         assert torch.allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_compiles_into_one_graph(compact):
+    model = families.with_lora(families.build("llama"))
+    attachment = attach(model, build_space(discover(model), "disp"))
+    attachment.set_masks(random_masks(attachment.space, 0.4))
+    if compact:
+        attachment.compact()
+    expected = families.logits(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(input_ids=families.tokens(), use_cache=False).logits, expected, atol=1e-5)
+
+
+def test_another_decision_is_seen_by_readers_that_had_not_all_asked():
+    model = families.with_lora(families.build("llama"))
+    attachment = attach(model, build_space(discover(model), "disp"))
+    reader = attachment.modules["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(1, 3, reader.in_features)
+    for seed in (0, 1):
+        attachment.set_masks(random_masks(attachment.space, 0.4, seed))
+        expected = reader(x.clone())
+        attachment.compact()
+        assert torch.allclose(reader(x), expected, atol=1e-5)
+
+
 def _logits_and_gradients(model):
     model.zero_grad()
     batch = families.tokens()

@@ -28,7 +28,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, read: Tensor | None, 
         decode_kernel[(triton.cdiv(outputs, block_outputs),)](
             x,
             weight,
-            bias,
+            None if bias is None else bias.contiguous(),
             read,
             position,
             y,

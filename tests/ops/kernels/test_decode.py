@@ -106,6 +106,11 @@ def test_inputs_of_any_stride():
     assert torch.equal(gather_linear_scatter(**given, impl="triton"), expected)
 
 
+def test_a_bias_of_any_stride():
+    given = arguments((2,))
+    assert_right(given | {"bias": torch.stack([given["bias"], given["bias"] * 7], 1)[:, 0]})
+
+
 @pytest.mark.parametrize(("tokens", "kernels"), [(64, 1), (65, 0)])
 def test_more_tokens_are_left_to_the_definition(monkeypatch, tokens, kernels):
     calls = []

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 from atp.export import export, load, modeling_atp
 from tests import families
@@ -30,7 +31,7 @@ def launched(monkeypatch):
 
 def plainly(function, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(modeling_atp, "_kernels_can", lambda x: False)
+        patched.setattr(modeling_atp, "_kernels_can", lambda *_: False)
         return function()
 
 
@@ -52,6 +53,30 @@ def test_generates_the_same_tokens(cache, monkeypatch, launched):
     expected = plainly(lambda: model.generate(prompt, **settings), monkeypatch)
     assert torch.equal(model.generate(prompt, **settings), expected)
     assert launched
+
+
+def test_attentions_and_hooks_are_given_what_they_ask_for(launched):
+    model = load(exported("llama", "disp").folder, attn_implementation="eager").eval()
+    seen = []
+    with torch.no_grad():
+        assert len(model(families.tokens(), output_attentions=True).attentions) == model.config.num_hidden_layers
+        hooks = [block.mlp.register_forward_hook(lambda *a: seen.append(a)) for block in model.model.layers]
+        launched.clear()
+        model(families.tokens())
+        assert len(seen) == model.config.num_hidden_layers
+        assert not launched
+        for hook in hooks:
+            hook.remove()
+
+
+def test_float64_and_weights_that_lie_elsewhere_are_left_to_pytorch(monkeypatch, launched):
+    model = load(exported("llama", "disp").folder).eval()
+    expected = plainly(lambda: families.logits(model), monkeypatch)
+    assert torch.allclose(families.logits(cpu_offload(model)), expected)
+    assert not launched
+    model = load(exported("llama", "disp").folder).eval().double()
+    families.logits(model)
+    assert not launched
 
 
 def test_gradients_come_without_kernels(launched):
