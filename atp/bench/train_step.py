@@ -91,7 +91,7 @@ def train_step_cases(
     return [
         Case("dense LoRA", OptimizerStep(adapted(base, lora_rank, checkpointing), batch, autocast)),
         Case("before the freeze", learning, 1.0),
-        Case("before the freeze, between generator steps", pruned(freeze_at=1.0, generator_every=_STEPS)[0], left),
+        Case("between generator steps", pruned(freeze_at=1.0, generator_every=_STEPS)[0], left),
         Case("after the freeze, eager", pruned(freeze_at=0.0, impl="eager")[0], 1.0),
         Case("after the freeze", pruned(freeze_at=0.0)[0], left),
     ]

@@ -10,13 +10,13 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from atp.errors import ATPError, UnsupportedModelError
-from atp.layers.compact import CompactLinear, compacted, is_plain
+from atp.layers.compact import CompactLinear, compacted, copies_fit, is_plain
 from atp.layers.fused import KINDS, FusedMasks, fuse, fused_masks, is_fusable, unfuse
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
 from atp.layers.shared import Shared, shared_by_set
 from atp.layers.swapping import has_own_forward
 from atp.ops.selection import Selection
-from atp.structure.live import causal_lm
+from atp.structure.live import base_layer, causal_lm
 from atp.structure.space import MLP, Axis, Space
 
 _SLOT = "_atp_attachment"
@@ -42,7 +42,7 @@ class Attachment:
         self.modules = {linear.path: self.lm.get_submodule(linear.path) for linear in space.linears}
         device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
-        self.is_compact = False
+        self.is_compact = self._lasting = False
         self._adapters_fused = False
         self._blocks: dict[int, nn.Module] = {}
         self._impl = "auto"
@@ -92,8 +92,11 @@ class Attachment:
         self._put_masks()
         return bool(self._blocks)
 
-    def compact(self) -> bool:
+    def compact(self, final: bool = False) -> bool:
         """Compute nothing but what the masks, 0 or 1 by now, keep: the same up to rounding, until `set_masks`.
+
+        Args:
+            final: whether the masks will stay, so that kept weights are copied once if there is room.
 
         Returns:
             False, and nothing changes, where the model has layers other than plain linear and plain LoRA ones.
@@ -101,7 +104,8 @@ class Attachment:
         if self.not_plain():
             return False
         fused = {name for sets in self._fused_sets().values() for name in sets.values()}
-        for path, compact in compacted(self.space, self.lm, self.decision(), fused).items():
+        self._lasting = final and self._copies_fit()
+        for path, compact in compacted(self.space, self.lm, self.decision(), fused, self._lasting).items():
             mask_linear(self.modules[path], LinearMasks(None, None, compact))
         for index, sets in self._fused_sets().items():
             keep = {kind: self.masks[name] > 0 for kind, name in sets.items() if kind != MLP}
@@ -110,6 +114,12 @@ class Attachment:
         self.is_compact = True
         return True
 
+    def _copies_fit(self) -> bool:
+        device = next(iter(self.masks.values())).device
+        removed = self.space.sparsity(self.decision())
+        weights = sum(base_layer(module).weight.nbytes for module in self.modules.values())
+        return copies_fit(device, (1.0 - removed) * weights, removed)
+
     def not_plain(self) -> str | None:
         """Path of a layer that `compact` does not cover, if there is one."""
         return next((path for path, module in self.modules.items() if not is_plain(module)), None)
@@ -117,7 +127,7 @@ class Attachment:
     @contextmanager
     def plainly(self) -> Iterator[None]:
         """Within it no block is fused: masks act at the linear layers that they belong to, where hooks may look."""
-        blocks, compact = self._blocks, self.is_compact
+        blocks, compact, lasting = self._blocks, self.is_compact, self._lasting
         if not blocks:
             yield
             return
@@ -131,7 +141,7 @@ class Attachment:
             self._blocks = blocks
             self._put_masks()
             if compact and all(torch.equal(mask, before[name]) for name, mask in self.decision().items()):
-                self.compact()
+                self.compact(final=lasting)
 
     @contextmanager
     def lifted(self, paths: Iterable[str] | None = None) -> Iterator[None]:

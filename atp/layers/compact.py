@@ -4,7 +4,8 @@ y = W[rows][:, cols] x[cols] + s B[rows] (A[:, cols] x[cols]), the values of the
 and B stay the parameters that they were, at full size, so that optimizer states, checkpoints and exports know nothing
 of it. What is kept of the base weight is copied where it is needed, in the dtype that the layer computes in: by a call
 of many tokens forwards and again backwards, so that one layer's copy exists at a time and a run needs no more memory
-than before; by a call of few tokens, beside which copying would cost too much, once for all such calls.
+than before; once for all calls where those are of few tokens, beside which copying would cost too much, or where a
+final decision leaves room for it (`copies_fit`).
 
 Between the layers of one block, KV groups and MLP channels that are gone are not there at all: attention and activation
 run on what is left. Residual dimensions are gathered and scattered, or multiplied by zero in the weight where so few
@@ -79,10 +80,15 @@ class Side:
 
 @dataclass(eq=False)
 class CompactLinear:
-    """One plain layer's kept part, or all of it where neither side loses anything."""
+    """One plain layer's kept part, or all of it where neither side loses anything.
+
+    Attributes:
+        lasting: whether one copy of the kept weight serves all calls, also those of many tokens.
+    """
 
     inputs: Side | None = None
     outputs: Side | None = None
+    lasting: bool = False
     _copies: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -157,7 +163,7 @@ class CompactLinear:
         dtype = _computing_dtype(x, base.weight)
         if self.is_whole or (isinstance(module, LoraLinear) and module.merged):
             return self._weight(base, dtype), self._bias(base, dtype)
-        if x.numel() >= WORTH_COPYING_AGAIN * x.shape[-1]:
+        if not self.lasting and x.numel() >= WORTH_COPYING_AGAIN * x.shape[-1]:
             return partial(self._weight, base, dtype), self._bias(base, dtype)
         if dtype not in self._copies:
             self._copies.clear()
@@ -181,13 +187,16 @@ class CompactLinear:
         return (bias if self.outputs is None else self.outputs.of(bias, 0)).to(dtype)
 
 
-def compacted(space: Space, lm: nn.Module, masks: Mapping[str, Tensor], fused: set[str]) -> dict[str, CompactLinear]:
+def compacted(
+    space: Space, lm: nn.Module, masks: Mapping[str, Tensor], fused: set[str], lasting: bool
+) -> dict[str, CompactLinear]:
     """What is left of every layer that loses something, by path.
 
     Args:
         lm: the causal LM that holds the layers, all of them plain (`is_plain`).
         masks: a hard decision, 0 or 1, `(size,)` per group set, on the CPU.
         fused: sets that blocks take care of: kept features are all that their layers are given and give.
+        lasting: whether one copy of what is kept serves all calls.
     """
     passed_on, shared = _passed_on(space, lm) | fused, shared_by_set(space)
     found = {}
@@ -195,8 +204,23 @@ def compacted(space: Space, lm: nn.Module, masks: Mapping[str, Tensor], fused: s
         device = base_layer(lm.get_submodule(layer.path)).weight.device
         inputs, outputs = (_side(axis, masks, passed_on, shared, device) for axis in (layer.cols, layer.rows))
         if inputs is not None or outputs is not None:
-            found[layer.path] = CompactLinear(inputs, outputs)
+            found[layer.path] = CompactLinear(inputs, outputs, lasting)
     return found
+
+
+def copies_fit(device: torch.device, copies: float, removed: float) -> bool:
+    """Whether lasting copies take no more than half of what fewer activations will leave free.
+
+    Those took what lies between now and the highest memory so far; where that is not known, on CPUs, copies do not fit.
+
+    Args:
+        copies: bytes of all.
+        removed: the share of prunable parameters that is gone, and about that of the activations.
+    """
+    if device.type != "cuda":
+        return False
+    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return copies <= removed / 2 * activations
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -118,7 +118,7 @@ class DecisionLearner:
         self.attachment.set_masks(hard)
         self.attachment.require_gradients(joint)
         if not joint:
-            self._compute_only_kept()
+            self._compute_only_kept(final=False)
         self._record(hard)
 
     def alternate(self, step: int, loss: Callable[[], Tensor]) -> None:
@@ -167,7 +167,7 @@ class DecisionLearner:
             self._compensation.apply(self.attachment.decision(), self.space.full())
         self.frozen_at = self.step
         self._noisy = None
-        self._compute_only_kept()
+        self._compute_only_kept(final=True)
         self._record(self.attachment.decision())
 
     @torch.no_grad()
@@ -229,7 +229,7 @@ class DecisionLearner:
         self.attachment.require_gradients(False)
         self.attachment.set_masks(self._decision)
         if self.frozen:
-            self._compute_only_kept()
+            self._compute_only_kept(final=True)
 
     def _require_start(self) -> None:
         """Draw the decision of `config.init`, once, and make up for what it takes."""
@@ -243,10 +243,10 @@ class DecisionLearner:
         if self.schedule.learns(self.step):
             self._compensation.apply(self._first, self.space.full(), final=False)
 
-    def _compute_only_kept(self) -> None:
+    def _compute_only_kept(self, final: bool) -> None:
         """Nobody asks what removed groups would have been worth: they need not be computed."""
         if self.config.impl != "eager":
-            self.attachment.compact()
+            self.attachment.compact(final)
 
     def _take_shot(self, final: bool = False) -> None:
         """Where a criterion's next decision is due: draw it among what is left, and compensate for what goes."""

@@ -21,7 +21,7 @@ def draw(results: Path, out: Path) -> None:
     axes.axvline(1.0, color=_DENSE, linestyle="--", linewidth=1)
     axes.set_yticks(places, [f"{row['file'].removeprefix('cpu_')}: {row['bench']}, {row['case']}" for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("share of the baseline's time (bar), and of its FLOPs or bytes (mark)")
+    axes.set_xlabel("share of the baseline's time (bar), and of its FLOPs or bytes (mark)", loc="right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=120, metadata={"Software": None})
 

@@ -76,6 +76,29 @@ def test_calls_of_many_tokens_copy_the_base_weight_each_time(family, space_name,
     assert not any(layer._copies for layer in layers)
 
 
+def test_a_final_decision_is_copied_once_where_there_is_room(monkeypatch):
+    model, attachment = _attached()
+    monkeypatch.setattr(compact, "WORTH_COPYING_AGAIN", 2)
+    held = []
+    for room in (False, True):
+        monkeypatch.setattr("atp.layers.attachment.copies_fit", lambda *_, room=room: room)
+        for final in (False, True):
+            attachment.compact(final)
+            families.logits(model)
+            layers = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
+            held.append(all(layer._copies for layer in layers))
+    assert held == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("copies", "fit"), [(99, True), (101, False)])
+def test_copies_may_take_half_of_what_activations_leave(copies, fit, monkeypatch):
+    """Of 500 bytes 40 % are gone, and half of those 200 may be taken."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 1500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+    assert compact.copies_fit(torch.device("cuda"), copies, 0.4) is fit
+    assert not compact.copies_fit(torch.device("cpu"), copies, 0.4)
+
+
 @every_case
 def test_new_masks_put_the_masked_layers_back(family, space_name):
     model, attachment = _attached(family, space_name)
