@@ -173,6 +173,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str, late:
     assert runs.worst(runs.adapter(checkpointed), runs.adapter(plain)) < 1e-3
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_takes_long_shows_how_far_it_is(tmp_path: Path, quiet: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    runs.trainer(tmp_path, runs.config(init="surgeon", compensate="follow"), disable_tqdm=quiet).train()
+    shown = capfd.readouterr().err
+    for bar in ("surgeon scores", "rows to refit to", "refitting blocks"):
+        assert (f"atp: {bar}: 100%" in shown) is not quiet
+
+
 def test_evaluating_and_logging_leave_the_run_bitwise_as_it_was(tmp_path: Path) -> None:
     """No dropout here: torch's evaluation loader itself draws one global random number."""
     quiet = runs.trainer(tmp_path / "a", runs.config(), logging_strategy="no")

@@ -38,6 +38,7 @@ class Compensation:
         batches: what it measures on.
         at_hand: keep what layers held at first where they compute, not on the CPU, for `undone` at every step.
         compact: compute only what is kept while the stream is followed, where layers are plain.
+        quiet: no progress bars.
 
     Attributes:
         final_batches: what it measures on when nothing more will go; `batches` unless set.
@@ -56,9 +57,10 @@ class Compensation:
         batches: Batches,
         at_hand: bool = False,
         compact: bool = True,
+        quiet: bool = False,
     ) -> None:
         self._attachment, self._forward, self._batches = attachment, forward, batches
-        self._at_hand, self._compact = at_hand, compact
+        self._at_hand, self._compact, self._quiet = at_hand, compact, quiet
         self.final_batches = batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         blocks = attachment.space.structure.blocks
@@ -120,7 +122,7 @@ class Compensation:
             self._claim((*writers, *self._mlp_readers))
             with self._masks(decision):
                 kept = {path: keep[path] for path in writers}
-                follow(self._attachment, kept, self._dense_block, self._forward, batches, self._compact)
+                follow(self._attachment, kept, self._dense_block, self._forward, batches, self._compact, self._quiet)
 
     @property
     def refits(self) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from atp.criteria.statistics import Batches, removed_after
 from atp.layers import Attachment
@@ -90,6 +91,7 @@ def follow(
     forward: Callable[[Any], object],
     batches: Batches,
     compact: bool = True,
+    quiet: bool = False,
 ) -> None:
     """Refit `writers` and the MLPs' readers in place, block after block.
 
@@ -100,16 +102,18 @@ def follow(
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
         compact: compute only what is kept, where layers are plain; they do so until masks are set.
+        quiet: no progress bars.
     """
     lm, blocks = attachment.lm, attachment.space.structure.blocks
     was_training = lm.training
     lm.eval()
     try:
-        streams, precision = _capture([lm.get_submodule(block.path) for block in blocks], forward, batches)
+        seen = tqdm(batches, desc="atp: rows to refit to", leave=False, disable=quiet)
+        streams, precision = _capture([lm.get_submodule(block.path) for block in blocks], forward, seen)
         if compact:
             attachment.compact()  # not before: layers copy their kept weights when they first compute
         with precision():
-            for block in blocks:
+            for block in tqdm(blocks, desc="atp: refitting blocks", leave=False, disable=quiet):
                 _follow_block(attachment, block, writers, original, streams)
     finally:
         lm.train(was_training)

@@ -69,6 +69,7 @@ class PruningRun:
             self.calibration or (),
             at_hand=distils,
             compact=config.impl != "eager",
+            quiet=quiet,
         )
         if compensation.refits and self.calibration is not None:
             rows = for_refit(self.calibration, config.refit_rows, loader, config.seed)
