@@ -178,7 +178,7 @@ def test_what_takes_long_shows_how_far_it_is(tmp_path: Path, quiet: bool, capfd:
     runs.trainer(tmp_path, runs.config(init="surgeon", compensate="follow"), disable_tqdm=quiet).train()
     shown = capfd.readouterr().err
     for bar in ("surgeon scores", "rows to refit to", "refitting blocks"):
-        assert (f"atp: {bar}: 100%" in shown) is not quiet
+        assert (f"atp: {bar}: " in shown) is not quiet
 
 
 def test_evaluating_and_logging_leave_the_run_bitwise_as_it_was(tmp_path: Path) -> None:
