@@ -58,6 +58,11 @@ def test_values_and_gradients_are_those_of_the_masked_model(family, space_name, 
     assert not any(type(module).__name__.startswith("Masked") for module in model.modules())
 
 
+def _copies_held(attachment):
+    """By each layer that loses something, the copies of its kept weight."""
+    return [masks_of(module).arithmetic._copies for module in attachment.modules.values() if is_masked(module)]
+
+
 @pytest.mark.parametrize("space_name", ["width", "disp"])
 @pytest.mark.parametrize("family", ["llama", "starcoder2", "gemma3"])
 def test_calls_of_many_tokens_copy_the_base_weight_each_time(family, space_name, monkeypatch):
@@ -71,9 +76,9 @@ def test_calls_of_many_tokens_copy_the_base_weight_each_time(family, space_name,
     again, gradients_again = _logits_and_gradients(model)
     assert torch.equal(again, logits)
     assert all(torch.equal(gradients_again[name], gradient) for name, gradient in gradients.items())
-    layers = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
-    assert layers
-    assert not any(layer._copies for layer in layers)
+    held = _copies_held(attachment)
+    assert held
+    assert not any(held)
 
 
 def test_a_final_decision_is_copied_once_where_there_is_room(monkeypatch):
@@ -85,8 +90,7 @@ def test_a_final_decision_is_copied_once_where_there_is_room(monkeypatch):
         for final in (False, True):
             attachment.compact(final)
             families.logits(model)
-            layers = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
-            held.append(all(layer._copies for layer in layers))
+            held.append(all(_copies_held(attachment)))
     assert held == [False, False, False, True]
 
 

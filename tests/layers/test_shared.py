@@ -51,14 +51,20 @@ def test_computed_anew_where_anything_is_different(change):
     assert double.calls == 2
 
 
-@pytest.mark.parametrize("compact", [False, True])
-def test_each_half_of_a_block_prepares_its_input_once(compact, monkeypatch):
-    """In `disp`; logits and LoRA's gradients are what they are without sharing."""
+def _attached(compact):
+    """In `disp`, under random hard masks."""
     model = families.with_lora(families.build("llama"))
     attachment = attach(model, build_space(discover(model), "disp"))
     attachment.set_masks(random_masks(attachment.space, 0.4))
     if compact:
         attachment.compact()
+    return model, attachment
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_each_half_of_a_block_prepares_its_input_once(compact, monkeypatch):
+    """In `disp`; logits and LoRA's gradients are what they are without sharing."""
+    model, attachment = _attached(compact)
     calls = []
     of = Shared.of
 
@@ -80,11 +86,7 @@ def test_each_half_of_a_block_prepares_its_input_once(compact, monkeypatch):
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_compiles_into_one_graph(compact):
-    model = families.with_lora(families.build("llama"))
-    attachment = attach(model, build_space(discover(model), "disp"))
-    attachment.set_masks(random_masks(attachment.space, 0.4))
-    if compact:
-        attachment.compact()
+    model, _ = _attached(compact)
     expected = families.logits(model)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -92,8 +94,7 @@ def test_compiles_into_one_graph(compact):
 
 
 def test_another_decision_is_seen_by_readers_that_had_not_all_asked():
-    model = families.with_lora(families.build("llama"))
-    attachment = attach(model, build_space(discover(model), "disp"))
+    _, attachment = _attached(compact=False)
     reader = attachment.modules["model.layers.0.self_attn.q_proj"]
     x = torch.randn(1, 3, reader.in_features)
     found = []
