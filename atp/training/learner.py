@@ -108,18 +108,17 @@ class DecisionLearner:
             self._take_shot()
             self._compensation.forget()
         if not self.schedule.learns(step):
-            self._record(self.attachment.decision())
+            self._record()
             return
         self._require_start()
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
         with torch.set_grad_enabled(joint):
             self._noisy = self._sample()
-        hard = self._harden(self._noisy)
-        self.attachment.set_masks(hard)
+        self.attachment.set_masks(self._harden(self._noisy))
         self.attachment.require_gradients(joint)
         if not joint:
             self._compute_only_kept(final=False)
-        self._record(hard)
+        self._record()
 
     def alternate(self, step: int, loss: Callable[[], Tensor]) -> None:
         """The paper's generator step: `loss()` under soft masks, then one update. Call before `begin_step`."""
@@ -168,7 +167,7 @@ class DecisionLearner:
         self.frozen_at = self.step
         self._noisy = None
         self._compute_only_kept(final=True)
-        self._record(self.attachment.decision())
+        self._record()
 
     @torch.no_grad()
     def decision(self, final: bool = False) -> Masks:
@@ -292,8 +291,9 @@ class DecisionLearner:
         self.metrics["budget_loss"] = budget.item()
         self._noisy = None
 
-    def _record(self, decision: Masks) -> None:
-        decision = {name: mask.cpu() for name, mask in decision.items()}
+    def _record(self) -> None:
+        """Note the decision in force, and how far it has moved."""
+        decision = self.attachment.decision()
         changed = sum((decision[k] != self._decision[k]).sum().item() for k in decision)
         self.metrics |= {
             "sparsity": self.space.sparsity(decision),
