@@ -24,17 +24,19 @@ from transformers.trainer_utils import get_last_checkpoint
 from atp.config import ATPConfig
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
 from atp.export import export
-from atp.files import written_beside
+from atp.files import written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
 from atp.structure.budget import target_parameters
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
+from atp.structure.sharding import held, is_sharded, whole
 from atp.structure.space import Space, build_space
 from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
+from atp.training.processes import summed
 from atp.training.run import PruningRun
-from atp.training.state import FOLDER, check_same_run, load_state, save_state
+from atp.training.state import FOLDER, check_same_run, load_state, save_state, set_aside_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class ATPCallback(TrainerCallback):
         self._resume_from = resume_from_checkpoint
         self._calibration_hashes: set[str] = set()
         self._run: PruningRun | None = None
+        self._learning_rate = 0.0
+        self._saved_step: int | None = None
         self._checked_evaluation = False
 
     @property
@@ -88,8 +92,11 @@ class ATPCallback(TrainerCallback):
     # -- Trainer events, in the order in which they fire ------------------------------------------------------------
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Reach trackers, which log before user callbacks do."""
+        """Reach trackers, which log before user callbacks do; leave no half-written checkpoint to be resumed from."""
         self._feed_trackers()
+        with args.main_process_first(local=False, desc="half-written checkpoints"):
+            for unfinished in set_aside_unfinished(Path(args.output_dir)) if state.is_world_process_zero else ():
+                logger.warning("atp: its run was killed before it was complete: now called %s", unfinished)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,6 +121,7 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """This step's masks and teacher."""
+        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]  # DeepSpeed's scheduler moves on too early
         self._running().begin_step(state.global_step, _loss_scale(kwargs))
 
     def on_pre_optimizer_step(
@@ -128,22 +136,19 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The proximal step on LoRA, with the learning rate that this optimizer step used."""
-        optimizer = kwargs["optimizer"]
-        if not getattr(optimizer, "step_was_skipped", False):
-            self.learner.proximal_step(optimizer.param_groups[0]["lr"])
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self.learner.proximal_step(self._learning_rate)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation sees the noise-free decision."""
         self._running().end_step()
-        if control.should_evaluate:
-            self.learner.show_decision()
+        self._before_evaluation_and_saving(args, state, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """As `on_step_end`."""
-        if control.should_evaluate:
-            self.learner.show_decision()
+        self._before_evaluation_and_saving(args, state, control)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -162,9 +167,8 @@ class ATPCallback(TrainerCallback):
             self.add_metrics(state.log_history[-1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the run's state into the checkpoint the Trainer has just written."""
-        if state.is_world_process_zero:
-            self._save(_checkpoint(args, state), args, state, self._running().state())
+        """Write the run's state into the checkpoint the Trainer has just written, unless it is there already."""
+        self._save_checkpoint(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -182,11 +186,11 @@ class ATPCallback(TrainerCallback):
                 learner.schedule.freeze_step,
             )
             learner.freeze()
-        if state.is_world_process_zero:
-            self._write_final(args, state, model)
-            if self.config.export:
-                processing_class = kwargs.get("processing_class")
-                export(model, Path(args.output_dir) / "pruned", processing_class=processing_class, overwrite=True)
+        self._write_final(args, state, model)
+        if self.config.export:
+            pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
+            processing_class = kwargs.get("processing_class")
+            export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes)
 
     # -- the steps behind them -----------------------------------------------------------------------------------
 
@@ -194,6 +198,20 @@ class ATPCallback(TrainerCallback):
         """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
         if self._run is not None and "loss" in logs:
             logs |= {f"{LOG_PREFIX}{name}": value for name, value in self.learner.metrics.items()}
+
+    def _before_evaluation_and_saving(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        """Save first: once the Trainer has saved, it may remove an older checkpoint, and this one must be complete."""
+        if control.should_save:
+            self._save_checkpoint(args, state)
+        if control.should_evaluate:
+            self.learner.show_decision()
+
+    def _save_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self._saved_step != state.global_step:
+            self._save(_checkpoint(args, state), args, state, self._running().state())
+            self._saved_step = state.global_step
 
     def _running(self) -> PruningRun:
         if self._run is None:
@@ -230,7 +248,7 @@ class ATPCallback(TrainerCallback):
     def _start(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
     ) -> None:
-        self._checked_evaluation = False
+        self._checked_evaluation, self._saved_step = False, None
         self._run = run = PruningRun(
             self.config,
             model,
@@ -253,8 +271,11 @@ class ATPCallback(TrainerCallback):
 
     @staticmethod
     def _require_finite(args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        if not gradients or torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+        sharded = any(is_sharded(p) for p in model.parameters())
+        gradients = [held(p.grad) for p in model.parameters() if p.grad is not None]
+        gradients = [gradient for gradient in gradients if gradient.numel()]
+        size = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros((), device=args.device)
+        if (summed(size) if sharded else size).isfinite():
             return
         saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
         last = f"the last good checkpoint is {saved}" if saved else "no checkpoint had been saved"
@@ -275,7 +296,7 @@ class ATPCallback(TrainerCallback):
         saved: tuple[dict[str, Tensor], dict[str, Any]],
     ) -> None:
         tensors, values = saved
-        save_state(folder / FOLDER, tensors, values | self._identity(args, state))
+        save_state(folder / FOLDER, tensors, values | self._identity(args, state), state.is_world_process_zero)
 
     def _load(
         self, folder: Path, args: TrainingArguments, state: TrainerState
@@ -289,9 +310,11 @@ class ATPCallback(TrainerCallback):
         return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
 
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
-        with written_beside(Path(args.output_dir) / "final") as beside:
-            model.save_pretrained(beside)
-            self._save(beside, args, state, self.learner.state())
+        final, adapters = Path(args.output_dir) / "final", _gathered_adapters(model)
+        with written_by_one(final, state.is_world_process_zero) as beside:
+            if beside is not None:
+                model.save_pretrained(beside, state_dict=adapters)
+            self._save(beside or final, args, state, self.learner.state())
 
 
 class _LogFeeder(TrainerCallback):
@@ -302,6 +325,26 @@ class _LogFeeder(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._owner.add_metrics(kwargs["logs"])
+
+
+def save_adapters(model: PeftModel, folder: Path, writes: bool) -> None:
+    """What `model.save_pretrained(folder)` writes, also where parameters are sharded over processes: all call it.
+
+    Args:
+        writes: True in one process.
+    """
+    adapters = _gathered_adapters(model)
+    with written_by_one(folder, writes) as beside:
+        if beside is not None:
+            model.save_pretrained(beside, state_dict=adapters)
+
+
+def _gathered_adapters(model: PeftModel) -> dict[str, Tensor] | None:
+    """Trained parameters, whole, where they are sharded; None where they are not, and PEFT sees to them."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not any(is_sharded(p) for p in trained.values()):
+        return None
+    return {name: whole(p).cpu() for name, p in trained.items()}
 
 
 def restore(model: nn.Module, final: str | Path) -> Attachment:
@@ -324,9 +367,11 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
 
 
 def _loss_scale(kwargs: Mapping[str, Any]) -> float:
-    """What a gradient scaler (fp16) multiplies the loss by."""
-    scaler = getattr(kwargs["optimizer"], "scaler", None)
-    return 1.0 if scaler is None else scaler.get_scale()
+    """What a gradient scaler (fp16) multiplies the loss by, accelerate's or DeepSpeed's own."""
+    optimizer = kwargs["optimizer"]
+    scaler = getattr(optimizer, "scaler", None)
+    own = getattr(getattr(optimizer, "optimizer", None), "loss_scale", 1.0)
+    return float(own) if scaler is None else scaler.get_scale()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -33,6 +33,11 @@ def written_beside(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def written_by_one(out: Path, writes: bool) -> AbstractContextManager[Path | None]:
+    """`written_beside` in the process that `writes`; the others, which help it, get no folder."""
+    return written_beside(out) if writes else nullcontext()
 
 
 def _take_place(fresh: Path, out: Path, aside: Path) -> None:

@@ -33,15 +33,33 @@ TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none"}
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model: a hub name, a folder, or a GGUF file; `gguf_file` names one inside a hub repository or folder."""
+    """Which model: a hub name, a folder, or a GGUF file; `gguf_file` names one inside a hub repository or folder.
+
+    `load_in_4bit` (QLoRA's NF4, quantised twice) and `load_in_8bit` keep the base weights quantised while LoRA trains;
+    what is exported is in `dtype`.
+    """
 
     name_or_path: str
     gguf_file: str | None = None
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"model: dtype={self.dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ConfigError("model: load_in_4bit and load_in_8bit exclude each other: set one of them to false")
+        if self.bits and (self.gguf_file or self.name_or_path.endswith(".gguf")):
+            raise ConfigError(
+                f"model: a GGUF file cannot be loaded with load_in_{self.bits}bit: give the folder or hub name of the "
+                "original model"
+            )
+
+    @property
+    def bits(self) -> int | None:
+        """Of a quantised base weight; None where weights stay as they are."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
 
 @dataclass(frozen=True)

@@ -459,15 +459,15 @@ def test_nan_stops_before_it_is_applied(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = state.save_file
+    real = state.write_weights
 
-    def full(tensors: Any, path: Path) -> None:
-        if "checkpoint-4" in str(path):
-            Path(path).write_bytes(b"half")
+    def full(folder: Path, *rest: Any) -> None:
+        if "checkpoint-4" in str(folder):
+            (folder / state.TENSORS).write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        real(folder, *rest)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr(state, "write_weights", full)
     run = runs.trainer(tmp_path, runs.config(), save_strategy="steps", save_steps=2)
     with pytest.raises(CheckpointError, match="No space left on device"):
         run.train()

@@ -190,7 +190,18 @@ def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
     assert "training" in json.loads((run / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_model.safetensors", "optimizer.pt"])
+def test_a_checkpoint_that_a_kill_left_unfinished_is_set_aside(recipe, tmp_path, capsys):
+    recipe["training"]["max_steps"] = 4
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    unfinished = run / "checkpoint-4" / "trainer_state.json"
+    unfinished.write_bytes(unfinished.read_bytes()[:-10])
+    assert main(["train", path, "--resume"]) == 0
+    assert (run / "unfinished-checkpoint-4").is_dir()
+    assert json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt"])
 def test_a_truncated_checkpoint_is_refused_and_the_one_before_resumes(recipe, tmp_path, capsys, name):
     recipe["training"]["max_steps"] = 4
     path, run = written(recipe, tmp_path), tmp_path / "run"

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: choose another folder or give --overwrite")
     tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
-    model = PeftModel.from_pretrained(load_model(base.name_or_path, base.gguf_file, base.dtype), str(final))
+    model = PeftModel.from_pretrained(load_model(base.name_or_path, base.gguf_file, base.dtype, base.bits), str(final))
     before = count_parameters(model.get_base_model()) - _adapter_parameters(model)
     restore(model, final)
     export(model, out, processing_class=tokenizer, overwrite=arguments.overwrite)

@@ -1,5 +1,6 @@
 """Loading what a user names: a hub name, a folder, or a GGUF file, with one-line errors where that fails."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -18,14 +20,22 @@ from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ATPError, ConfigError, ModelError, UnsupportedModelError
 
 
-def load_model(name: str, gguf_file: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+def load_model(
+    name: str, gguf_file: str | None = None, dtype: str = "auto", bits: int | None = None
+) -> PreTrainedModel:
     """The causal LM called `name`, on the CPU, in `dtype` (a GGUF is dequantised, `auto` meaning float32).
+
+    Args:
+        bits: 4 or 8 for linear layers quantised by bitsandbytes, on this process's GPU if there is one.
 
     Raises:
         ModelError: where nothing loadable is there.
+        ConfigError: where `bits` needs a package that is not installed.
     """
     name, gguf_file = _split_gguf(name, gguf_file)
     arguments: dict[str, Any] = {"dtype": dtype}
+    if bits is not None:
+        arguments["quantization_config"] = _quantised(bits, dtype)
     if gguf_file:
         arguments = {
             "gguf_file": gguf_file,
@@ -33,6 +43,20 @@ def load_model(name: str, gguf_file: str | None = None, dtype: str = "auto") -> 
             "dtype": "float32" if dtype == "auto" else dtype,
         }
     return _load(AutoModelForCausalLM, name, "model", arguments)
+
+
+def _quantised(bits: int, dtype: str) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"load_in_{bits}bit needs bitsandbytes: pip install 'atp[quantized]'")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computes_in = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computes_in,
+    )
 
 
 def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:

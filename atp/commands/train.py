@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from atp.callback import ATPCallback
+from atp.callback import ATPCallback, save_adapters
 from atp.commands.datasets import RunData, load_data
 from atp.commands.measurement import PeakMemoryCallback, model_cost
 from atp.commands.models import computes_in_bf16, load_model, load_tokenizer, to_best_device
@@ -29,12 +29,16 @@ from atp.commands.output import flatten, print_table, write_json, write_text
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
 from atp.evaluation import folder_bytes, perplexity, score_task
-from atp.files import written_beside
 from atp.recipe import Recipe
+from atp.structure.sharding import is_sharded
+from atp.training.state import set_aside_unfinished
 
 logger = logging.getLogger(__name__)
 
-_RUN_FILES = ("checkpoint-*", "final", "pruned", "metrics.json", "recipe.yaml", "report.html")
+_RUN_FILES = (
+    *("checkpoint-*", "unfinished-checkpoint-*", "final", "pruned"),
+    *("metrics.json", "recipe.yaml", "report.html"),
+)
 
 
 def add(commands: Any) -> None:
@@ -55,16 +59,17 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Train, export, measure what came out, and write `metrics.json`."""
     recipe = Recipe.from_yaml(arguments.config, arguments.overrides)
-    checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite)
     lora = recipe.lora_config()
     training = recipe.training_arguments()
     first = training.process_index == 0
+    with training.main_process_first(local=False, desc="checkpoints"):
+        checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite, first)
     if first and training.bf16 and not computes_in_bf16():
         logger.warning("atp: this CPU has no bfloat16 arithmetic: --training.bf16 false is several times faster here")
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
     with _first_process_first(training):
         data = load_data(recipe.data, tokenizer, progress=first)
-    model = get_peft_model(load_model(recipe.model.name_or_path, recipe.model.gguf_file, recipe.model.dtype), lora)
+    model = get_peft_model(_base_model(recipe), lora)
     if first:
         _prepare(Path(recipe.output_dir), recipe, arguments.overwrite)
     memory = PeakMemoryCallback()
@@ -79,8 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
         callbacks=[memory, pruning] if pruning else [memory],
     )
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
+    tuned = trainer.accelerator.unwrap_model(trainer.model)
+    if not pruning:
+        save_adapters(tuned, Path(recipe.output_dir) / "final", first)
     if first:
-        tuned = trainer.accelerator.unwrap_model(trainer.model)
         model, cost = (_pruned if pruning else _merged)(recipe, tuned)
         results = {
             "model": recipe.model.name_or_path,
@@ -96,8 +103,10 @@ def run(arguments: argparse.Namespace) -> None:
             write_json(arguments.json, results)
 
 
-def _checkpoint(output_dir: Path, resume: bool, overwrite: bool) -> str | None:
+def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
+    for unfinished in set_aside_unfinished(output_dir) if resume and first else ():
+        logger.warning("atp: its run was killed before it was complete: now called %s", unfinished)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if resume:
         return _intact(Path(found)) if found else None
@@ -141,6 +150,11 @@ def _first_process_first(training: TrainingArguments) -> Iterator[None]:
         yield
 
 
+def _base_model(recipe: Recipe) -> PreTrainedModel:
+    base = recipe.model
+    return load_model(base.name_or_path, base.gguf_file, base.dtype, base.bits)
+
+
 def _pruned(recipe: Recipe, masked: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The exported folder as a stranger loads it, and what it costs; without one, the masked model."""
     folder = Path(recipe.output_dir) / "pruned"
@@ -151,9 +165,9 @@ def _pruned(recipe: Recipe, masked: PeftModel) -> tuple[PreTrainedModel, dict[st
 
 
 def _merged(recipe: Recipe, tuned: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Write the adapter, and merge it as an export would: the dense model, and what it costs."""
-    with written_beside(Path(recipe.output_dir) / "final") as beside:
-        tuned.save_pretrained(beside)
+    """Merge the adapter as an export would: the dense model, and what it costs."""
+    if any(is_sharded(parameter) for parameter in tuned.parameters()):  # the other processes have gone
+        tuned = PeftModel.from_pretrained(_base_model(recipe), str(Path(recipe.output_dir) / "final"))
     model = tuned.merge_and_unload()
     return model, {"tuned": model_cost(model)}
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
 from atp.criteria.surgeon import removal_costs, square_root
 from atp.structure.live import base_layer, dequantised_weight
+from atp.structure.sharding import gathered
 from atp.structure.space import PrunableLinear, Space
 
 Modules = Mapping[str, nn.Module]
@@ -141,4 +142,6 @@ def _summed(space: Space, weigh: Callable[[str], Tensor]) -> dict[str, Tensor]:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    return dequantised_weight(base_layer(module)).float().cpu()
+    base = base_layer(module)
+    with gathered(base):
+        return dequantised_weight(base).float().cpu()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atp.structure.live import adapter_delta, base_layer
+from atp.structure.sharding import gathered
 
 RIDGE = 1e-1
 """Damping, relative to what a typical input holds (`typical`). SmolLM2-135M, 40 % of width, 64 rows, refitted, nats a
@@ -74,7 +75,8 @@ def refitted_base(layer: nn.Module, gram: Tensor, had: Tensor, keep: Tensor) -> 
     Args:
         had, keep: bool, `(in_features,)`.
     """
-    weight, delta = base_layer(layer).weight, adapter_delta(layer)
+    with gathered(layer):
+        weight, delta = base_layer(layer).weight.detach(), adapter_delta(layer)
     had, keep = had.to(gram.device), keep.to(gram.device)
     return (refitted((weight.float() + delta) * had, gram, keep) - delta).to(weight.dtype)
 

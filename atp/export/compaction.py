@@ -6,7 +6,8 @@ path and the LoRA path alike, the result computes what the masked model computes
 A norm over all heads (OLMo 2) divides by the root of sum(x^2) / H. With H' features left, its source is scaled by
 c = sqrt(H'/H) and its weight by 1/c: the root is then unchanged, and so is `eps`.
 
-The live model is left bit for bit as it was. Not covered: DoRA or `lora_bias` on a quantised layer; sharded parameters.
+The live model is left bit for bit as it was. Where parameters are sharded over processes, making a tensor is
+collective. Not covered: DoRA or `lora_bias` on a quantised layer.
 """
 
 import math
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from atp.errors import UnsupportedModelError
 from atp.layers.compact import is_plain
 from atp.structure.live import active_adapters, base_layer, dequantised_weight, is_quantised
+from atp.structure.sharding import gathered
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
 
 SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
@@ -73,7 +75,8 @@ class CompactTensors:
         path, own = self._owner[name]
         if self._last[0] != path or own not in self._last[1]:
             self._last = ("", {})  # gone before the next ones are made
-            self._last = (path, self._made(path))
+            with gathered(self._modules[path]):
+                self._last = (path, self._made(path))
         return self._last[1][own].detach().cpu()
 
     def dtype(self, name: str) -> torch.dtype:

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from atp.errors import ATPError, UnsupportedModelError
 from atp.export.compaction import CompactTensors
 from atp.export.layout import empty_model
-from atp.export.weights import write_weights
-from atp.files import written_beside
+from atp.files import written_by_one
 from atp.layers import attachment_of
-from atp.structure.live import causal_lm
+from atp.structure.sharding import settle
 from atp.structure.space import Space
+from atp.weights import write_weights
 
 
 def export(
@@ -28,8 +28,11 @@ def export(
     masks: Mapping[str, Tensor] | None = None,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     overwrite: bool = False,
+    writes: bool = True,
 ) -> Path:
     """Save the smaller dense model that `model` computes under its masks; `model` itself does not change.
+
+    Where weights are sharded over processes, all of them call it; a layer at a time is whole.
 
     Equal widths that the family's own config can say give a plain Hugging Face folder. Other results carry their
     sizes in `config.json` and one modelling file, for `trust_remote_code=True` where `atp` is not imported.
@@ -39,6 +42,7 @@ def export(
         masks: the decision, per group set `(size,)` of zeros and ones; by default the attached one as it stands.
         processing_class: a tokenizer to save along.
         overwrite: replace `out` if it exists, once the new folder is complete.
+        writes: False where another process writes, and this one brings its parts.
 
     Returns:
         The folder written.
@@ -53,16 +57,17 @@ def export(
     decision = attachment.decision() if masks is None else {name: m.detach().cpu() for name, m in masks.items()}
     _check_decision(attachment.space, decision)
     out = Path(out).absolute()
-    if out.exists() and not overwrite:
+    if writes and out.exists() and not overwrite:
         raise ATPError(f"{out} exists: choose another folder or pass overwrite=True")
-    with written_beside(out) as folder:
-        _save(causal_lm(model), attachment.space, decision, folder)
-        if processing_class is not None:
+    settle(attachment.lm)
+    with written_by_one(out, writes) as folder:
+        _save(attachment.lm, attachment.space, decision, folder)
+        if processing_class is not None and folder is not None:
             processing_class.save_pretrained(folder)
     return out
 
 
-def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder: Path) -> None:
+def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder: Path | None) -> None:
     """As `save_pretrained` of the smaller model, whose tensors are made as they are written."""
     shell, tensors = empty_model(lm, space, masks), CompactTensors(lm, space, masks)
     head, embedding = shell.get_output_embeddings(), shell.get_input_embeddings()
@@ -80,7 +85,8 @@ def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder
     shell.load_state_dict(plan, strict=True, assign=True)
     shell.tie_weights()
     shell.generation_config = copy.deepcopy(lm.generation_config)
-    shell.save_pretrained(folder, state_dict={})  # configs, and the modelling file where there is one
+    if folder is not None:
+        shell.save_pretrained(folder, state_dict={})  # configs, and the modelling file where there is one
     own = {name for name, _ in (*shell.named_parameters(), *shell.named_buffers())}  # tied weights once
 
     def make(name: str) -> Tensor:

@@ -28,6 +28,7 @@ from atp.layers.shared import Shared, shared_by_set
 from atp.layers.swapping import own_class
 from atp.ops import Weight, frozen_linear, gather_features, lora_linear, scatter_features
 from atp.structure.live import active_adapters, base_layer, is_quantised
+from atp.structure.sharding import is_ordinary, is_sharded
 from atp.structure.space import KV, Axis, Space
 
 WORTH_MOVING = 0.8
@@ -84,11 +85,13 @@ class CompactLinear:
 
     Attributes:
         lasting: whether one copy of the kept weight serves all calls, also those of many tokens.
+        passing: whether a copy serves one call, also one of few tokens: the weight is whole only during it.
     """
 
     inputs: Side | None = None
     outputs: Side | None = None
     lasting: bool = False
+    passing: bool = False
     _copies: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -163,7 +166,7 @@ class CompactLinear:
         dtype = _computing_dtype(x, base.weight)
         if self.is_whole or (isinstance(module, LoraLinear) and module.merged):
             return self._weight(base, dtype), self._bias(base, dtype)
-        if not self.lasting and x.numel() >= WORTH_COPYING_AGAIN * x.shape[-1]:
+        if self.passing or (not self.lasting and x.numel() >= WORTH_COPYING_AGAIN * x.shape[-1]):
             return partial(self._weight, base, dtype), self._bias(base, dtype)
         if dtype not in self._copies:
             self._copies.clear()
@@ -201,10 +204,11 @@ def compacted(
     passed_on, shared = _passed_on(space, lm) | fused, shared_by_set(space)
     found = {}
     for layer in space.linears:
-        device = base_layer(lm.get_submodule(layer.path)).weight.device
-        inputs, outputs = (_side(axis, masks, passed_on, shared, device) for axis in (layer.cols, layer.rows))
+        weight = base_layer(lm.get_submodule(layer.path)).weight
+        inputs, outputs = (_side(axis, masks, passed_on, shared, weight.device) for axis in (layer.cols, layer.rows))
         if inputs is not None or outputs is not None:
-            found[layer.path] = CompactLinear(inputs, outputs, lasting)
+            passing = is_sharded(weight)
+            found[layer.path] = CompactLinear(inputs, outputs, lasting and not passing, passing)
     return found
 
 
@@ -228,8 +232,8 @@ def is_plain(module: nn.Module) -> bool:
     base = base_layer(module)
     if any(parameter.requires_grad for parameter in base.parameters(recurse=False)):
         return False
-    if own_class(base) is not nn.Linear or is_quantised(base) or type(base.weight.data) is not Tensor:
-        return False  # the last: sharded over processes
+    if own_class(base) is not nn.Linear or is_quantised(base) or not is_ordinary(base.weight):
+        return False
     if module is base:
         return True
     if own_class(module) is not LoraLinear:

@@ -21,6 +21,7 @@ from atp.layers.swapping import has_own_forward, own_class, restore_forward, swa
 from atp.ops.boundary import add_norm_gather
 from atp.ops.gated import gated
 from atp.ops.selection import Selection, scatter_features
+from atp.structure.sharding import is_ordinary
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP, MLP_IN, MLP_OUT
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
@@ -53,7 +54,7 @@ def is_fusable(layer: nn.Module) -> bool:
         return False
     known: Any = layer
     norms = (known.input_layernorm, known.post_attention_layernorm)
-    if not all(_is_as(norm, LlamaRMSNorm) and _is_whole(norm.weight) for norm in norms):
+    if not all(_is_as(norm, LlamaRMSNorm) and is_ordinary(norm.weight) for norm in norms):
         return False
     return _is_as(known.mlp, LlamaMLP) and type(known.mlp.act_fn).__name__ in _ACTIVATIONS
 
@@ -156,7 +157,3 @@ def _source(function: Callable) -> str | None:
         return "".join(inspect.getsource(function).split())
     except (OSError, TypeError):  # no source at hand
         return None
-
-
-def _is_whole(weight: Tensor) -> bool:
-    return type(weight.data) is Tensor and weight.numel() > 0

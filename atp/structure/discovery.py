@@ -25,6 +25,7 @@ from atp.structure.families import (
     Role,
 )
 from atp.structure.live import base_layer, causal_lm
+from atp.structure.sharding import shape_of
 
 
 @dataclass(frozen=True)
@@ -278,9 +279,9 @@ def _spanning_norms(
             continue
         source = {"q_norm": "q", "k_norm": "k"}.get(name)
         rms = set(parameters) == {"weight"} and "RMSNorm" in type(child).__name__
-        if rms and child.weight.shape == (head_dim,):
+        if rms and shape_of(child.weight) == (head_dim,):
             continue
-        if rms and source and child.weight.shape == (expected[source],):
+        if rms and source and shape_of(child.weight) == (expected[source],):
             found.append(Norm(full, source))
             continue
         raise UnsupportedModelError(f"{full} ({type(child).__name__}) is a norm of unknown shape: not supported")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
+from atp.structure.sharding import shape_of
 
 
 def causal_lm(model: nn.Module) -> PreTrainedModel:
@@ -44,7 +45,7 @@ def is_quantised(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear):
         return False
     shape = (module.out_features, module.in_features)
-    return tuple(module.weight.shape) != shape or not module.weight.is_floating_point()
+    return tuple(shape_of(module.weight)) != shape or not module.weight.is_floating_point()
 
 
 def dequantised_weight(layer: nn.Module) -> Tensor:

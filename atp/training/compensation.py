@@ -22,6 +22,7 @@ from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
 from atp.structure.discovery import Block
 from atp.structure.live import adapter_delta, base_layer, dequantised_weight, is_quantised
+from atp.structure.sharding import held, is_sharded, part, put, settle, shards_of, whole
 from atp.structure.space import PrunableLinear
 from atp.training.propagation import follow
 
@@ -73,6 +74,10 @@ class Compensation:
             raise UnsupportedModelError(
                 f"compensate={how!r} cannot rewrite {quantised[0]}: its weight is quantised: use 'bias' or 'auto'"
             )
+        if how == "bias" and any(is_sharded(base_layer(attachment.modules[path]).weight) for path in self._linears):
+            raise UnsupportedModelError(
+                "compensate='bias' cannot add biases to layers that are sharded over processes: use 'auto' or 'none'"
+            )
         self.how = ("none" if quantised else "follow") if how == "auto" else how
         self.grams: dict[str, Tensor] = {}
         self._applied: tuple[str, ...] = ()
@@ -91,6 +96,7 @@ class Compensation:
         """
         if self.how == "none":
             return
+        settle(self._attachment.lm)
         with self._attachment.plainly():
             self._apply(decision, before, final)
 
@@ -112,7 +118,7 @@ class Compensation:
         with self._masks(before):
             if self.refits:
                 grams = self._grams_of(losing, batches)
-                found = {p: refitted_base(losing[p], gram, had[p], keep[p]).cpu() for p, gram in grams}
+                found = {p: self._own_part(p, refitted_base(losing[p], gram, had[p], keep[p])) for p, gram in grams}
             else:
                 moments = input_moments(losing, self._forward, batches)
                 found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
@@ -134,12 +140,13 @@ class Compensation:
         self.grams.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that were changed, by `path.weight` or `path.bias`."""
+        """The parameters that were changed, by `path.weight` or `path.bias`."""
         layers = {path: base_layer(self._attachment.modules[path]) for path in self._applied}
-        return {f"{path}.{self._tensor}": getattr(layer, self._tensor).detach() for path, layer in layers.items()}
+        return {f"{path}.{self._tensor}": getattr(layer, self._tensor) for path, layer in layers.items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave, which may be nothing."""
+        settle(self._attachment.lm)
         self._revert_all()
         self._claim(name.rsplit(".", 1)[0] for name in tensors)
         load_compensated(self._attachment, tensors)
@@ -151,7 +158,7 @@ class Compensation:
             if path not in self._originals:
                 tensor = getattr(base_layer(self._attachment.modules[path]), self._tensor)
                 place = "cpu" if tensor is None or not self._at_hand else tensor.device
-                self._originals[path] = None if tensor is None else tensor.detach().to(place, copy=True)
+                self._originals[path] = None if tensor is None else held(tensor).to(place, copy=True)
 
     def _grams_of(self, losing: Mapping[str, nn.Module], batches: Batches) -> Iterator[tuple[str, Tensor]]:
         """Gram matrices of the layers' inputs: those at hand, and the others measured."""
@@ -165,8 +172,9 @@ class Compensation:
 
     def _shifted(self, path: str, mean: Tensor, lost: Tensor) -> Tensor:
         """The bias with the mean of what the `lost` inputs contributed."""
-        layer = base_layer(self._attachment.modules[path])
-        weight = (dequantised_weight(layer).float() + adapter_delta(self._attachment.modules[path])).cpu()
+        module = self._attachment.modules[path]
+        layer = base_layer(module)
+        weight = (dequantised_weight(layer).float() + adapter_delta(module)).cpu()
         moved = weight[:, lost] @ mean[lost]
         return moved if layer.bias is None else layer.bias.cpu() + moved.to(layer.bias.dtype)
 
@@ -186,7 +194,7 @@ class Compensation:
         bases = {path: base_layer(self._attachment.modules[path]) for path in paths}
         changed = {path: getattr(base, self._tensor) for path, base in bases.items() if path in self._applied}
         for path in changed:
-            setattr(bases[path], self._tensor, self._original(path, bases[path].weight.device))
+            setattr(bases[path], self._tensor, self._original(path, bases[path].weight))
         try:
             yield
         finally:
@@ -200,9 +208,15 @@ class Compensation:
         with self.undone(paths), self._attachment.lifted(paths):
             yield
 
-    def _original(self, path: str, device: torch.device) -> nn.Parameter | None:
-        tensor = self._originals[path]
-        return None if tensor is None else nn.Parameter(tensor.to(device), requires_grad=False)
+    def _original(self, path: str, weight: Tensor) -> nn.Parameter | None:
+        tensor, lasting = self._originals[path], shards_of(weight)
+        if tensor is not None and is_sharded(lasting):
+            tensor = whole(lasting, instead=tensor)
+        return None if tensor is None else nn.Parameter(tensor.to(weight.device), requires_grad=False)
+
+    def _own_part(self, path: str, weight: Tensor) -> Tensor:
+        """What this process will hold of a layer's new weight, on the CPU."""
+        return part(base_layer(self._attachment.modules[path]).weight, weight).to("cpu", copy=True)
 
     def _revert_all(self) -> None:
         for path in self._applied:
@@ -221,18 +235,19 @@ def load_compensated(attachment: Attachment, tensors: Mapping[str, Tensor]) -> N
     """Write saved tensors, by `path.weight` or `path.bias`, into the base layers of a live model."""
     for key, tensor in tensors.items():
         path, name = key.rsplit(".", 1)
-        _put(base_layer(attachment.modules[path]), name, tensor)
+        base = base_layer(attachment.modules[path])
+        _put(base, name, part(base.weight, tensor) if name == "weight" else tensor)
 
 
 @torch.no_grad()
 def _put(base: nn.Linear, name: str, tensor: Tensor | None) -> None:
-    """Make `tensor` the weight or the bias of a layer; None takes the bias away."""
+    """Make `tensor` what this process holds of the weight or the bias of a layer; None takes the bias away."""
     if tensor is None:
         base.register_parameter(name, None)
         return
     if getattr(base, name) is None:
         setattr(base, name, _frozen_bias(base))
-    getattr(base, name).copy_(tensor)
+    put(getattr(base, name), tensor)
 
 
 def _kept_inputs(linear: PrunableLinear, decision: Mapping[str, Tensor]) -> Tensor:

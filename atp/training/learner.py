@@ -23,6 +23,7 @@ from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.losses import budget_loss
+from atp.training.processes import averaged, from_first
 from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
 from atp.training.state import under
@@ -63,7 +64,7 @@ class DecisionLearner:
         self.space = attachment.space
         if config.impl == "compact" and (path := attachment.not_plain()):
             raise UnsupportedModelError(
-                f"impl='compact' needs frozen linear layers, or plain LoRA on them, not quantised and not sharded, and "
+                f"impl='compact' needs frozen linear layers, or plain LoRA on them, not quantised nor ZeRO-3's, but "
                 f"{path} is none: use impl='auto'"
             )
         if config.impl != "eager":
@@ -114,7 +115,7 @@ class DecisionLearner:
         joint = self.config.mode == "joint" and step % self.config.generator_every == 0
         with torch.set_grad_enabled(joint):
             self._noisy = self._sample()
-        self.attachment.set_masks(self._harden(self._noisy))
+        self.attachment.set_masks(from_first(self._harden(self._noisy)))
         self.attachment.require_gradients(joint)
         if not joint:
             self._compute_only_kept(final=False)
@@ -162,7 +163,7 @@ class DecisionLearner:
             self._take_shot(final=True)
         else:
             self._require_start()
-            self.attachment.set_masks(self.decision(final=True))
+            self.attachment.set_masks(from_first(self.decision(final=True)))
             self._compensation.apply(self.attachment.decision(), self.space.full())
         self.frozen_at = self.step
         self._noisy = None
@@ -265,7 +266,7 @@ class DecisionLearner:
         kept = {s.name: torch.full((s.size,), self.config.logit_bias) for s in self.space.sets}
         with self.attachment.plainly():
             drawn = self._draw()
-        self.generator.set_start(drawn or kept)
+        self.generator.set_start(from_first(drawn or kept))
 
     @property
     def _temperature(self) -> float:
@@ -282,7 +283,8 @@ class DecisionLearner:
     def _update(self, gradients: Mapping[str, Tensor | None]) -> None:
         assert self._noisy is not None
         soft = soften(self._noisy, self._temperature)
-        task = torch.stack([(soft[k] * g).sum() for k, g in _reduced(gradients).items()]).sum()
+        present = averaged({k: g for k, g in gradients.items() if g is not None})
+        task = torch.stack([(soft[k] * g).sum() for k, g in present.items()]).sum()
         masks = straight_through(threshold(self._noisy), soft)
         budget = budget_loss(masks, self.space, self.schedule.sparsity(self.step))
         self.optimizer.zero_grad(set_to_none=True)
@@ -324,13 +326,3 @@ def _emitter(config: ATPConfig, space: Space) -> DecisionGenerator | FreeLogits:
     return DecisionGenerator(
         space, config.generator_hidden_size, config.generator_layers, config.generator_heads, config.seed
     )
-
-
-def _reduced(gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Gradients that exist, averaged over ranks."""
-    present = {k: g for k, g in gradients.items() if g is not None}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for gradient in present.values():
-            torch.distributed.all_reduce(gradient)
-            gradient /= torch.distributed.get_world_size()
-    return present

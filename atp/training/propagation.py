@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from atp.criteria.statistics import Batches, removed_after
 from atp.layers import Attachment
 from atp.structure.discovery import Block
+from atp.structure.sharding import gathered, is_sharded
 from atp.training.passes import EnoughError, first_output, inputs_of, outputs_of
 from atp.training.refitting import refit_readers, refit_writer
 
@@ -114,7 +115,8 @@ def follow(
             attachment.compact()  # not before: layers copy their kept weights when they first compute
         with precision():
             for block in tqdm(blocks, desc="atp: refitting blocks", leave=False, disable=quiet):
-                _follow_block(attachment, block, writers, original, streams)
+                with gathered(lm.get_submodule(block.path), changes=True):
+                    _follow_block(attachment, block, writers, original, streams)
     finally:
         lm.train(was_training)
 
@@ -217,6 +219,7 @@ def _capture(
     Only on the first batch do blocks compute; after it they pass on what they are given, in the form they have shown.
     """
     streams: list[Stream] = []
+    sharded = any(is_sharded(p) for block in blocks for p in block.parameters())  # the engine must see a pass end
     in_tuple: dict[int, bool] = {}
     precision: Callable[[], AbstractContextManager] = nullcontext
 
@@ -228,7 +231,7 @@ def _capture(
                 streams.append(Stream(hidden, hidden, []))
                 precision = _autocast_as_now(hidden.device.type)
             streams[-1].calls.append((args, {k: _PER_CALL.get(k, v) for k, v in kwargs.items()}))
-            if index == len(blocks) - 1:
+            if index == len(blocks) - 1 and not sharded:
                 raise EnoughError
             if index in in_tuple:
                 return (hidden,) if in_tuple[index] else hidden

@@ -4,13 +4,15 @@ A group's weights are the columns of lora_A on the inputs it owns and the rows o
 is the group kind's share of all parameters that the decision prunes, so a kind that is pruned harder shrinks faster.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from atp.structure.sharding import held, is_sharded, part, scale, shape_of
 from atp.structure.space import Axis, Space
+from atp.training.processes import summed
 
 
 @torch.no_grad()
@@ -29,6 +31,18 @@ def proximal_step(
         return
     strength = {kind: learning_rate * beta * rho for kind, rho in pruned_share(space, masks).items()}
     kind_of = {s.name: s.kind for s in space.sets}
+    owned = list(_owned(space, modules))
+    squares = [_squares(parameter, dim, axis, len(masks[axis.set])) for parameter, dim, axis in owned]
+    if any(is_sharded(parameter) for parameter, _, _ in owned):
+        squares = list(summed(torch.cat(squares)).split([len(found) for found in squares]))
+    for (parameter, dim, axis), found in zip(owned, squares, strict=True):
+        factor = (1.0 - strength[kind_of[axis.set]] / found.sqrt().clamp_min(1e-12)).clamp_min(0.0)
+        factor = torch.where(masks[axis.set].to(factor.device) > 0, torch.ones_like(factor), factor)
+        scale(parameter, factor[axis.owner.to(factor.device)].unsqueeze(1 - dim).expand(shape_of(parameter)))
+
+
+def _owned(space: Space, modules: Mapping[str, nn.Module]) -> Iterator[tuple[Tensor, int, Axis]]:
+    """LoRA parameters, the dimension along which their features belong to groups, and to which."""
     for linear in space.linears:
         layer = modules[linear.path]
         if not isinstance(layer, LoraLayer):
@@ -37,11 +51,9 @@ def proximal_step(
             if adapter not in layer.lora_A:
                 continue
             if linear.cols is not None:
-                weight = layer.lora_A[adapter].weight.data.T
-                _shrink(weight, linear.cols, masks, strength[kind_of[linear.cols.set]])
+                yield layer.lora_A[adapter].weight, 1, linear.cols
             if linear.rows is not None:
-                weight = layer.lora_B[adapter].weight.data
-                _shrink(weight, linear.rows, masks, strength[kind_of[linear.rows.set]])
+                yield layer.lora_B[adapter].weight, 0, linear.rows
 
 
 def pruned_share(space: Space, masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -55,12 +67,11 @@ def pruned_share(space: Space, masks: Mapping[str, Tensor]) -> dict[str, float]:
     return shares
 
 
-def _shrink(weight: Tensor, axis: Axis, masks: Mapping[str, Tensor], strength: float) -> None:
-    """Shrink rows of `weight` `(features, rank)` that belong to pruned groups; a view of the parameter."""
-    mask = masks[axis.set]
-    owner = axis.owner.to(weight.device)
-    squares = torch.zeros(len(mask), device=weight.device)
-    squares.index_add_(0, owner, weight.float().square().sum(dim=1))
-    factor = (1.0 - strength / squares.sqrt().clamp_min(1e-12)).clamp_min(0.0)
-    factor = torch.where(mask.to(weight.device) > 0, torch.ones_like(factor), factor)
-    weight.mul_(factor[owner].unsqueeze(1).to(weight.dtype))
+def _squares(parameter: Tensor, dim: int, axis: Axis, groups: int) -> Tensor:
+    """Sum of squares of each group's weights, `(groups,)`, as far as this process holds them."""
+    own = held(parameter).float().square()
+    owner, found = axis.owner.to(own.device), torch.zeros(groups, device=own.device)
+    if is_sharded(parameter):
+        owner = part(parameter, owner.unsqueeze(1 - dim).expand(shape_of(parameter)))
+        return found.index_add_(0, owner.flatten(), own.flatten())
+    return found.index_add_(0, owner, own.sum(1 - dim))

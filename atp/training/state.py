@@ -1,30 +1,41 @@
 """Saved state: tensors as safetensors, the rest as JSON, in one folder that is complete or absent."""
 
 import json
+import shutil
+import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from atp.errors import CheckpointError
-from atp.files import written_beside
+from atp.files import written_by_one
+from atp.structure.sharding import shape_of, whole
+from atp.weights import write_weights
 
 FOLDER = "atp"
 TENSORS, VALUES = "state.safetensors", "state.json"
 
 
-def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-    """Write `folder` anew.
+def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], writes: bool = True) -> None:
+    """Write `folder` anew. Collective where tensors are in parts over processes: one exists whole at a time.
+
+    Args:
+        writes: False where another process writes, and this one brings its parts.
 
     Raises:
         CheckpointError: where the disk refuses; nothing half-written stays.
     """
-    with written_beside(folder) as beside:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / TENSORS)
-        (beside / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    plan = {k: torch.empty(shape_of(v), dtype=v.dtype, device="meta") for k, v in tensors.items()}
+    with written_by_one(folder, writes) as beside:
+        write_weights(beside, plan, lambda name: whole(tensors[name]), sys.maxsize, Path(TENSORS).stem)
+        if beside is not None:
+            (beside / VALUES).write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -63,6 +74,36 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
             f"{folder}: was saved in a run of {saved['total_steps']} steps, this one has {mine['total_steps']}: "
             "resume with the same number of steps, or start anew"
         )
+
+
+def set_aside_unfinished(output_dir: Path) -> list[Path]:
+    """Rename checkpoints that were being written when their run was killed, so that nothing goes on from them.
+
+    The Trainer writes `trainer_state.json` last, but for the random states of other processes than the first.
+
+    Returns:
+        What they are called now.
+    """
+    aside = []
+    for checkpoint in sorted(output_dir.glob("checkpoint-*")):
+        if checkpoint.is_dir() and checkpoint.name.rsplit("-", 1)[1].isdigit() and not _is_finished(checkpoint):
+            instead = checkpoint.with_name(f"unfinished-{checkpoint.name}")
+            shutil.rmtree(instead, ignore_errors=True)
+            aside.append(checkpoint.rename(instead))
+    return aside
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    states = list(checkpoint.glob("rng_state_*.pth"))  # a file each, where there is more than one process
+    try:
+        processes = json.loads((checkpoint / FOLDER / VALUES).read_text(encoding="utf-8"))["world_size"]
+    except (OSError, ValueError):
+        processes = len(states)  # plain LoRA's, or damaged, of which `load_state` will say more
+    return not states or (len(states) == processes and all(map(zipfile.is_zipfile, states)))
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from atp.errors import ATPError, CheckpointError, UnsupportedModelError
 from atp.export import export, load
-from atp.export.weights import _write
 from atp.layers import attachment_of
+from atp.weights import _write
 from tests import families
 from tests.export.cases import SPACES, exported, masked
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from atp.errors import UnsupportedModelError
-from atp.export.weights import write_weights
+from atp.weights import write_weights
 from tests import families
 from tests.export.cases import SPACES, exported
 

@@ -1,10 +1,11 @@
-"""Writing a model's weights one tensor at a time, so that saving needs no memory for a second model.
+"""Writing tensors one at a time, so that saving needs no memory for a second model.
 
-The files are those of `save_pretrained`: `model.safetensors`, or shards of it and their index. The format: the header's
+The files are those of `save_pretrained`: `NAME.safetensors`, or shards of it and their index. The format: the header's
 length (8 bytes, little-endian), the header (JSON: dtype, shape and bytes from-to of every tensor), and the bytes.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from atp.errors import CheckpointError, UnsupportedModelError
 
@@ -35,35 +35,44 @@ _ALIGNMENT = 8
 
 
 def write_weights(
-    folder: Path, plan: Mapping[str, Tensor], make: Callable[[str], Tensor], max_shard_size: int | str = MAX_SHARD_SIZE
+    folder: Path | None,
+    plan: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    name: str = "model",
 ) -> None:
     """Write the tensors named in `plan` into `folder`.
 
     Args:
+        folder: None where another process writes and this one helps `make`.
         plan: what is to be written, on the meta device.
-        make: gives a tensor by name, of the shape and dtype in `plan`; called once each.
+        make: gives a tensor by name, of the shape and dtype in `plan`; called once each, in an order that depends on
+            nothing but `plan`.
+        name: of the file.
 
     Raises:
         UnsupportedModelError: naming a tensor whose dtype the format does not have.
     """
     if unknown := [name for name, tensor in plan.items() if tensor.dtype not in _DTYPES]:
         raise UnsupportedModelError(f"{unknown[0]}: {plan[unknown[0]].dtype} cannot be written: convert it first")
-    split = split_torch_state_dict_into_shards(dict(plan), max_shard_size=max_shard_size)
-    with tqdm(total=len(plan), desc="atp: merging, slicing and writing", leave=False, delay=2) as progress:
-        for name, tensors in split.filename_to_tensors.items():
+    pattern = f"{name}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(dict(plan), filename_pattern=pattern, max_shard_size=max_shard_size)
+    with tqdm(total=len(plan), desc="atp: writing weights", leave=False, delay=2, disable=folder is None) as progress:
+        for filename, tensors in split.filename_to_tensors.items():
             tensors = sorted(tensors, key=lambda tensor: -plan[tensor].element_size())  # all are aligned, then
-            with (folder / name).open("wb") as file:
+            with (Path(os.devnull) if folder is None else folder / filename).open("wb") as file:
                 file.write(_header({tensor: plan[tensor] for tensor in tensors}))
                 for tensor in tensors:
                     _write(file, make(tensor), plan[tensor])
                     progress.update()
-    if split.is_sharded:
+    if split.is_sharded and folder is not None:
         parameters = sum(tensor.numel() for tensor in plan.values())
         index = {
             "metadata": {"total_parameters": parameters, **split.metadata},
             "weight_map": split.tensor_to_filename,
         }
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / f"{name}.safetensors.index.json").write_text(text, "utf-8")
 
 
 def _header(tensors: Mapping[str, Tensor]) -> bytes:
