@@ -19,7 +19,6 @@ from atp.bench.copies import attached, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
 from atp.evaluation import flops_per_token
-from atp.layers import Attachment
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
@@ -39,20 +38,21 @@ class OptimizerStep:
         batch: what the model is called with, labels among it.
 
     Attributes:
+        learner: as given.
         index: which step of its run comes next.
     """
 
     def __init__(
         self, model: PeftModel, batch: Mapping[str, Tensor], autocast: bool, learner: DecisionLearner | None = None
     ) -> None:
-        self._model, self._batch, self._autocast, self._learner = model, batch, autocast, learner
+        self._model, self._batch, self._autocast, self.learner = model, batch, autocast, learner
         trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATE, weight_decay=0.0)
         self.index = 0
 
     def __call__(self) -> None:
         """Take the step."""
-        learner = self._learner
+        learner = self.learner
         if learner is not None:
             learner.begin_step(self.index)
         with torch.autocast(self._model.device.type, torch.bfloat16, enabled=self._autocast):
@@ -77,34 +77,61 @@ def train_step_cases(
             the LoRA step itself (`mode="joint"`).
         checkpointing: gradient checkpointing, in all cases alike.
     """
-    autocast = base.dtype == torch.bfloat16
-    ids = torch.randint(base.config.get_text_config().vocab_size, (rows, length)).to(base.device)
-    batch = {"input_ids": ids, "labels": ids}
+    batch = _random_batch(base, rows, length)
 
-    def pruned(**settings: object) -> tuple[OptimizerStep, Attachment]:
-        model = adapted(base, lora_rank, checkpointing)
-        learner = _learner(model, config, settings)
-        return OptimizerStep(model, batch, autocast, learner), learner.attachment
+    def pruned(**settings: object) -> OptimizerStep:
+        return _pruned_step(base, config, lora_rank, batch, checkpointing, settings)
 
-    learning, attachment = pruned(freeze_at=1.0)
-    left = flops_left(base, attachment.space, config.sparsity)
+    learning = pruned(freeze_at=1.0)
+    assert learning.learner is not None
+    left = flops_left(base, learning.learner.space, config.sparsity)
     return [
-        Case("dense LoRA", OptimizerStep(adapted(base, lora_rank, checkpointing), batch, autocast)),
+        Case("dense LoRA", OptimizerStep(adapted(base, lora_rank, checkpointing), batch, _in_autocast(base))),
         Case("before the freeze", learning, 1.0),
-        Case("between generator steps", pruned(freeze_at=1.0, generator_every=_STEPS)[0], left),
-        Case("after the freeze, eager", pruned(freeze_at=0.0, impl="eager")[0], 1.0),
-        Case("after the freeze", pruned(freeze_at=0.0)[0], left),
+        Case("between generator steps", pruned(freeze_at=1.0, generator_every=_STEPS), left),
+        Case("after the freeze, eager", pruned(freeze_at=0.0, impl="eager"), 1.0),
+        Case("after the freeze", pruned(freeze_at=0.0), left),
     ]
+
+
+def learning_step(
+    base: PreTrainedModel, config: ATPConfig, lora_rank: int, rows: int, length: int, checkpointing: bool = False
+) -> OptimizerStep:
+    """The step before the freeze, by itself; arguments as of `train_step_cases`."""
+    batch = _random_batch(base, rows, length)
+    return _pruned_step(base, config, lora_rank, batch, checkpointing, {"freeze_at": 1.0})
+
+
+def _pruned_step(
+    base: PreTrainedModel,
+    config: ATPConfig,
+    lora_rank: int,
+    batch: Mapping[str, Tensor],
+    checkpointing: bool,
+    settings: dict[str, object],
+) -> OptimizerStep:
+    model = adapted(base, lora_rank, checkpointing)
+    return OptimizerStep(model, batch, _in_autocast(base), _learner(model, config, settings))
+
+
+def _random_batch(base: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
+    ids = torch.randint(base.config.get_text_config().vocab_size, (rows, length)).to(base.device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def _in_autocast(base: PreTrainedModel) -> bool:
+    return base.dtype == torch.bfloat16
 
 
 def adapted(base: PreTrainedModel, lora_rank: int, checkpointing: bool = False) -> PeftModel:
     """LoRA of its own on the tensors of `base`, in training mode."""
     model = on_the_same_tensors(base)
-    if checkpointing:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its only name in 5.17
-            model.gradient_checkpointing_enable({"use_reentrant": False})
     lora = LoraConfig(task_type="CAUSAL_LM", r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
-    return get_peft_model(model, lora).train()
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of names that are the only ones in 5.17
+        if checkpointing:
+            model.config.use_cache = False
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return get_peft_model(model, lora).train()
 
 
 def flops_left(base: PreTrainedModel, space: Space, sparsity: float) -> float:

@@ -72,13 +72,13 @@ def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokeniz
     return tokenizer
 
 
-def load_shell(name: str, gguf_file: str | None = None) -> PreTrainedModel:
+def load_shell(name: str, gguf_file: str | None = None, dtype: str | None = None) -> PreTrainedModel:
     """The model's modules without weights (meta device): enough to discover, and nothing large is downloaded.
 
     Args:
         name: one of `SHAPES`, a hub name, a folder, or a GGUF file.
     """
-    return _from_config(name, _config(name, gguf_file), "meta")
+    return _from_config(name, _config(name, gguf_file), "meta", getattr(torch, dtype) if dtype else None)
 
 
 def random_model(name: str, layers: int | None = None, dtype: str = "float32") -> PreTrainedModel:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
@@ -30,7 +31,8 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Whether `tensor`, within a pass of the module around its owner, is a plain one, not a subclass's nor empty."""
-    return type(tensor.data) in (Tensor, DTensor) and not is_partitioned(tensor) and tensor.numel() > 0
+    plain = type(tensor.data) in (Tensor, DTensor, FakeTensor)  # the last: a plain one's size, to plan with
+    return plain and not is_partitioned(tensor) and tensor.numel() > 0
 
 
 def shape_of(tensor: Tensor) -> torch.Size:

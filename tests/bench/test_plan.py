@@ -1,0 +1,99 @@
+"""What a plan counts. Oracles: a real step under the same watch, PyTorch's own sizes, arithmetic by hand."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from atp.bench import ENGINES, plan
+from atp.bench.copies import attached
+from atp.bench.plan import _Alive
+from atp.bench.train_step import adapted
+from atp.cli import main
+from atp.config import ATPConfig
+from tests import families, tiny
+
+ROWS, LENGTH, RANK = 2, 16, 4
+
+MASK = 0.05
+"""Of models this small: where tensors are fake, transformers makes the causal mask that it else knows to be needless."""
+
+
+def on_meta(config, dtype=torch.float32):
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def planned(engine="ddp", devices=2, base=None, **changes):
+    base = on_meta(tiny.model().config) if base is None else base
+    return plan(base, ATPConfig(round_to=1), engine, devices, ROWS, LENGTH, RANK, **changes)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_activations_are_those_of_a_real_step(family: str, dtype: torch.dtype, checkpointing: bool) -> None:
+    base = families.build(family).to(dtype)
+    model = adapted(base, RANK, checkpointing)
+    attachment = attached(model, ATPConfig(round_to=1))
+    attachment.fuse_adapters()
+    attachment.require_gradients(True)
+    ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
+    with _Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(input_ids=ids, labels=ids).loss.backward()
+    found = planned(base=on_meta(base.config, dtype), checkpointing=checkpointing)
+    assert found.memory["activations"] == pytest.approx(alive.peak, rel=MASK)
+
+
+def test_what_engines_share_is_shared() -> None:
+    model = adapted(tiny.model(), RANK)
+    adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    weights = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)
+    by_engine = {engine: planned(engine, 4).memory for engine in ENGINES}
+    for engine, memory in by_engine.items():
+        shares = 4 if engine in ("fsdp2", "zero3") else 1
+        assert memory["base weights"] == weights // shares
+        assert memory["adapters"] == adapters // shares
+    assert by_engine["ddp"]["optimizer"] == 2 * adapters
+    assert by_engine["fsdp2"]["optimizer"] == 2 * adapters // 4
+    assert by_engine["zero2"]["optimizer"] == by_engine["zero3"]["optimizer"] == 3 * adapters // 4
+
+
+def test_quantised_weights_take_their_bits() -> None:
+    whole, quarter = planned().memory["base weights"], planned(bits=4).memory["base weights"]
+    prunable = attached(tiny.model(), ATPConfig(round_to=1)).space.prunable_parameters
+    assert whole - quarter == prunable * 4 - prunable // 2
+
+
+def test_messages_of_pruning_do_not_grow_with_tokens() -> None:
+    base = on_meta(tiny.model().config)
+    short, long = (plan(base, ATPConfig(round_to=1), "fsdp2", 2, ROWS, n, RANK) for n in (16, 64))
+    assert short.messages == long.messages
+    assert short.flops < long.flops / 4
+
+
+def test_command_prints_and_writes(tmp_path, capsys) -> None:
+    words = ["plan", "--model", "smollm2-135m", "--gpus", "2", "--engine", "zero3", "--rows", "1", "--length", "128"]
+    assert main([*words, "--tflops", "0.1", "--gpu-gib", "0.5", "--json", str(tmp_path / "plan.json")]) == 0
+    out = capsys.readouterr().out
+    assert "DOES NOT FIT" in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["total"] == sum(found["memory"].values())
+    assert found["seconds"] == pytest.approx(found["flops"] / 1e11)
+    assert found["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--rows", "0"), "--rows must be more than 0"),
+        (("--gb-per-s", "3"), "give one of them too"),
+        (("--engine", "ddp", "--model", "./nothing"), "no such folder"),
+    ],
+)
+def test_nonsense_is_one_line(words, reason, capsys) -> None:
+    assert main(["plan", "--model", "smollm2-135m", *words]) == 2
+    error = capsys.readouterr().err
+    assert reason in error
+    assert error.count("\n") == 1
