@@ -41,7 +41,8 @@ def lora_linear(
     """
     if torch.compiler.is_compiling():  # which fuses what it can by itself
         return lora_linear_eager(x, _made(weight), bias, lora_a, lora_b, scaling)
-    y = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, lora_a, lora_b, scaling)
+    rows = x.shape[:-1].numel()  # not -1: where every group of a block is gone, x has no features
+    y = _LoRALinear.apply(x.reshape(rows, x.shape[-1]), weight, bias, lora_a, lora_b, scaling)
     return y.view(*x.shape[:-1], len(lora_b))  # here, so that what comes out may be changed in place
 
 

@@ -44,6 +44,12 @@ def _close(one, other):
 @every_case
 def test_values_and_gradients_are_those_of_the_masked_model(family, space_name, sparsity):
     model, attachment = _attached(family, space_name, sparsity)
+    _compact_computes_the_same(model, attachment)
+    detach(model)
+    assert not any(type(module).__name__.startswith("Masked") for module in model.modules())
+
+
+def _compact_computes_the_same(model, attachment):
     logits, gradients = _logits_and_gradients(model)
     assert attachment.compact()
     compact_logits, compact_gradients = _logits_and_gradients(model)
@@ -54,8 +60,15 @@ def test_values_and_gradients_are_those_of_the_masked_model(family, space_name, 
             assert families.relative_error(compact_gradients[name], gradient) <= 1e-4, name
         else:
             assert compact_gradients[name].abs().max() <= 1e-6, name
-    detach(model)
-    assert not any(type(module).__name__.startswith("Masked") for module in model.modules())
+
+
+@every_case
+def test_a_block_may_lose_everything(family, space_name):
+    """As it may where decisions are not projected onto the budget (`ATPConfig.paper()`)."""
+    model, attachment = _attached(family, space_name)
+    gone = {s.name: torch.zeros(s.size) for s in attachment.space.sets if s.block == 1}
+    attachment.set_masks(attachment.decision() | gone)
+    _compact_computes_the_same(model, attachment)
 
 
 def _copies_held(attachment):
