@@ -9,6 +9,7 @@ from pathlib import Path
 
 from performance import tables as performance
 from quality import tables as quality
+from scale import tables as scale
 
 HERE = Path(__file__).parent
 
@@ -21,6 +22,7 @@ def main() -> None:
     parts = {
         HERE / "quality": quality.part(draw=not check),
         HERE / "performance": performance.part(draw=not check),
+        HERE / "scale": scale.part(),
         HERE.parent: quality.top_table(),
     }
     for place, part in parts.items():

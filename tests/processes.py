@@ -99,17 +99,21 @@ def engine_on_cpu() -> dict[str, Any]:
     return {}
 
 
-def prepared(case: Case, folder: Path, killed: str | None = None, **arguments: Any) -> tuple[Trainer, Seen]:
+def prepared(
+    case: Case, folder: Path, base: Path | None, killed: str | None = None, **arguments: Any
+) -> tuple[Trainer, Seen]:
     """A Trainer for a case, ready to train."""
     seen = Seen()
     settings = {"per_device_train_batch_size": case.rows_a_pass // processes(), "ddp_find_unused_parameters": False}
     settings |= case.arguments | arguments | engine_on_cpu()
     callbacks = (seen, KilledInStep()) if killed == "step" else (seen,)
-    run = runs.trainer(folder, runs.config(**case.atp), callbacks=callbacks, **settings)
+    run = runs.trainer(folder, runs.config(**case.atp), base=base, callbacks=callbacks, **settings)
     if killed == "save":
         run.__class__ = KilledInSave
     if (plugin := getattr(run.accelerator.state, "deepspeed_plugin", None)) is not None:
-        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # part even these
+        # "auto" would be 1,024 elements for a model this small, and keep all of its parameters whole
+        buckets = {"reduce_bucket_size": 10**6, "stage3_prefetch_bucket_size": 10**5}
+        plugin.deepspeed_config["zero_optimization"] |= buckets | {"stage3_param_persistence_threshold": 0}
     return run, seen
 
 
@@ -125,6 +129,7 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
         "decisions": seen.decisions,
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "engine": type(run.model_wrapped).__name__,
+        "compact": runs.callback_of(run).learner.attachment.is_compact,
         "in parts": [name for name, parameter in parameters.items() if is_sharded(parameter)],
     }
     (out / f"seen-{rank}.json").write_text(json.dumps(report))
@@ -137,10 +142,11 @@ def main() -> None:
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--killed", choices=("step", "save"))
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--base", type=Path, help="folder to load the model from, as the engine has it loaded")
     words = parser.parse_args()
     saving = {"save_strategy": "steps", "save_steps": 2} if words.killed or words.resume else {}
     for name in words.cases:
-        run, seen = prepared(CASES[name], words.folder / name, words.killed, **saving)
+        run, seen = prepared(CASES[name], words.folder / name, words.base, words.killed, **saving)
         run.train(resume_from_checkpoint=words.resume)
         leave(run, seen, words.folder / name)
 

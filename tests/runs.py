@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from atp import ATPCallback, ATPConfig
 from tests import tiny
@@ -32,9 +32,9 @@ LATE = {"start_at": 0.2, "freeze_at": 0.6, "distill": 0.5}
 """Pruning begins after two of ten steps, and the model as it was by then teaches."""
 
 
-def peft_model(dropout: float = 0.0, **lora: Any) -> PeftModel:
-    """The tiny Llama with LoRA, the same at every call."""
-    base = tiny.model()
+def peft_model(dropout: float = 0.0, folder: Path | None = None, **lora: Any) -> PeftModel:
+    """The tiny Llama with LoRA, the same at every call; loaded from a folder, where one is given."""
+    base = tiny.model() if folder is None else LlamaForCausalLM.from_pretrained(folder)
     torch.manual_seed(1)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": dropout} | lora
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -54,9 +54,14 @@ def trainer(
     train: Any = None,
     evaluation: Any = None,
     callbacks: tuple[TrainerCallback, ...] = (),
+    base: Path | None = None,
     **arguments: Any,
 ) -> Trainer:
-    """An unmodified Trainer with our callback (or without, where `atp` is None)."""
+    """An unmodified Trainer with our callback (or without, where `atp` is None).
+
+    Args:
+        base: folder of the model, where `model` is not given; it is loaded when the engine is known.
+    """
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -68,9 +73,10 @@ def trainer(
         "disable_tqdm": True,
     } | arguments
     ours = () if atp is None else (atp if isinstance(atp, ATPCallback) else ATPCallback(atp),)
+    args = TrainingArguments(output_dir=str(folder), **settings)
     return Trainer(
-        model=model or peft_model(),
-        args=TrainingArguments(output_dir=str(folder), **settings),
+        model=model or peft_model(folder=base),
+        args=args,
         train_dataset=dataset() if train is None else train,
         eval_dataset=evaluation,
         data_collator=DataCollatorForSeq2Seq(tiny.tokenizer()),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -21,10 +22,12 @@ from transformers import (
     set_seed,
 )
 
-from atp import ATPCallback
+from atp import ATPCallback, load
+from atp.commands.models import load_model
 from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
 from atp.layers import attach, attachment_of
 from atp.structure.discovery import discover
+from atp.structure.live import base_layer, is_quantised
 from atp.structure.space import build_space
 from atp.training import state
 from atp.training.run import TEACHER
@@ -325,7 +328,8 @@ def test_bf16_autocast_and_torch_compile(tmp_path: Path, late: dict[str, float])
 def test_unmodified_sft_trainer(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     arguments = {"use_cpu": True, "max_steps": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
-    for name, changes in (("plain", {}), ("packed", {"packing": True, "max_length": 24})):
+    packed = {"packing": True, "max_length": 24, "completion_only_loss": True}
+    for name, changes in (("plain", {}), ("packed", packed)):
         callback = ATPCallback(runs.config(calibration_batch_size=1, mode="alternating", **runs.LATE))
         trainer = trl.SFTTrainer(
             model=runs.peft_model(),
@@ -346,6 +350,28 @@ def test_unmodified_sft_trainer(tmp_path: Path) -> None:
         assert any(entry.get("atp/teacher_kl", 0) > 0 for entry in trainer.state.log_history), "no logits are made"
         AutoModelForCausalLM.from_pretrained(tmp_path / name / "pruned")
         assert (tmp_path / name / "pruned" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_quantised_base_weights_stay_so_and_the_export_is_what_was_trained(
+    tmp_path: Path, bits: int, space: str
+) -> None:
+    """QLoRA, with evaluations between. Oracle: the live masked model; int8 kernels round what they read, too."""
+    pytest.importorskip("bitsandbytes")
+    tiny.model(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    base = load_model(str(tmp_path / "base"), dtype="float32", bits=bits)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
+    settings = {"evaluation": runs.dataset(8, seed=5), "eval_strategy": "steps", "eval_steps": 4}
+    run = runs.trainer(tmp_path, runs.config(space=space, start_at=0.2), model=model, **settings)
+    run.train()
+    assert all(is_quantised(base_layer(m)) for m in runs.callback_of(run).learner.attachment.modules.values())
+    ids = torch.arange(2, 14)[None]
+    pruned = load(tmp_path / "pruned")
+    with torch.no_grad():
+        expected, found = run.model.train()(input_ids=ids).logits, pruned(input_ids=ids).logits
+    assert ((found - expected).norm() / expected.norm()).item() < (1e-5 if bits == 4 else 2e-2)
+    assert "quantization_config" not in pruned.config.to_dict()
 
 
 def test_train_begin_may_fire_twice(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Every YAML in configs/ goes through the real schema; recipes say what they mean."""
 
+import json
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from atp.config import ATPConfig, read_yaml
 from atp.data import Row, read_rows
@@ -85,3 +87,26 @@ def test_missing_settings_are_named():
         Recipe.from_dict(MINIMAL | {"data": {"max_length": 4}})
     with pytest.raises(ConfigError, match="`completion` is missing"):
         Recipe.from_dict(MINIMAL | {"data": {"train": "t", "prompt": "{q}"}})
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+        ({"load_in_4bit": True, "gguf_file": "a.gguf"}, "cannot be loaded with load_in_4bit"),
+    ],
+)
+def test_what_quantised_base_weights_exclude_is_said(model, reason):
+    with pytest.raises(ConfigError, match=reason):
+        Recipe.from_dict(MINIMAL | {"model": MINIMAL["model"] | model})
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_every_engine_has_a_file_that_accelerate_reads_and_needs_no_more_than_the_number_of_gpus(engine):
+    path = FOLDER / "accelerate" / f"{engine}.yaml"
+    config = load_config_from_file(str(path))
+    assert (config.num_machines, config.machine_rank, config.num_processes) == (1, 0, 2)
+    deepspeed = getattr(config, "deepspeed_config", {}).get("deepspeed_config_file")
+    assert (deepspeed is not None) == engine.startswith("zero")
+    if deepspeed:
+        assert json.loads((FOLDER.parent / deepspeed).read_text())["zero_optimization"]["stage"] == int(engine[-1])

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from atp import load
-from tests import runs
+from tests import runs, tiny
 
 ROOT = Path(__file__).parents[1]
 ENGINES = {
@@ -37,25 +38,38 @@ ROUNDING_BF16 = 5e-2
 """Absolute, of losses around 6: with another batch size or engine every product is rounded elsewhere."""
 
 
-def launched(folder: Path, engine: str | None, *words: str, ok: bool = True) -> subprocess.CompletedProcess:
+def launched(folder: Path, engine: str | None, base: Path, *words: str, ok: bool = True) -> subprocess.CompletedProcess:
     """Run `tests.processes` in one process, or in two on an engine."""
     if engine is not None and engine.startswith("zero") and (why := no_deepspeed()):
         pytest.skip(why)
     if engine is not None and engine not in os.environ.get("ATP_ENGINES", ",".join(ENGINES)).split(","):
         pytest.skip(f"ATP_ENGINES leaves {engine} out")
-    launcher = (
-        ("accelerate.commands.launch", "--config_file", f"configs/accelerate/{engine}.yaml", "-m") if engine else ()
-    )
-    command = [sys.executable, "-m", *launcher, "tests.processes", str(folder), *words]
-    on_cpu = {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if engine and engine.startswith("zero") else {}
-    environment = (
-        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (on_cpu or {"ACCELERATE_USE_CPU": "true"})
-    )
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    command = [*launcher(engine), "tests.processes", str(folder), *words, "--base", str(base)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=400)
     last = folder / next(word for word in reversed(words) if not word.startswith("-")) / "seen-0.json"
     if ok:  # gloo sometimes aborts at exit, so that what is there counts, not the status
         assert last.exists(), done.stderr[-3000:]
     return done
+
+
+def launcher(engine: str | None, machine: int | None = None, port: int = 0) -> list[str]:
+    """The command up to the module's name; one of two machines with a process each, where `machine` is given."""
+    if engine is None:
+        return [sys.executable, "-m"]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{engine}.yaml"]
+    if machine is not None:
+        words += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(machine)]
+        words += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    return [*words, "-m"]
+
+
+def environment(engine: str | None) -> dict[str, str]:
+    """CPUs only; DeepSpeed leaves processes alone that accelerate counts as a CPU's."""
+    deepspeed = engine is not None and engine.startswith("zero")
+    on_cpu = (
+        {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if deepspeed else {"ACCELERATE_USE_CPU": "true"}
+    )
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | on_cpu
 
 
 def no_deepspeed() -> str | None:
@@ -75,19 +89,25 @@ def seen(folder: Path, case: str, rank: int = 0) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the model, which engines that share weights out load in their own ways."""
+    return tiny.folder(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    launched(folder, None, "distilled", *CASES)
+    launched(folder, None, base, "distilled", *CASES)
     return folder
 
 
 @pytest.fixture(scope="module", params=list(ENGINES))
-def uncut(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def uncut(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """An engine, and every case on it in two processes; distillation where weights are not in parts."""
     engine = request.param
     folder = tmp_path_factory.mktemp(engine)
-    launched(folder, engine, *(("distilled",) if engine == "ddp" else ()), *CASES)
+    launched(folder, engine, base, *(("distilled",) if engine == "ddp" else ()), *CASES)
     return engine, folder
 
 
@@ -99,6 +119,7 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
         here, there, one = seen(two, case), seen(two, case, 1), seen(alone, case)
         assert here["engine"] == ENGINES[engine]
         assert bool(here["in parts"]) == (engine in IN_PARTS)
+        assert here["compact"] == (engine != "zero3"), "steps after the freeze compute what they need not"
         assert here["decisions"] == there["decisions"], "ranks decide otherwise"
         assert all(runs.same(left(two, case, what), left(two, case, what, 1)) for what in WHAT), "ranks differ"
         worst = max(abs(a - b) for a, b in zip(here["losses"], one["losses"], strict=True))
@@ -123,6 +144,24 @@ def test_what_two_processes_export_is_what_one_exports(alone: Path, uncut: tuple
         }
 
 
+@pytest.mark.slow
+def test_two_machines_are_as_two_processes_of_one(uncut: tuple[str, Path], base: Path, tmp_path: Path) -> None:
+    """As `configs/README.md` has it: the same command on each, but for its rank. Two launchers stand for machines."""
+    engine, one_machine = uncut
+    if engine != "ddp":
+        pytest.skip("shown on ddp: how processes find each other does not depend on the engine")
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    machines = [launcher(engine, machine, port) for machine in (0, 1)]
+    words = ("tests.processes", str(tmp_path), "joint", "--base", str(base))
+    started = [subprocess.Popen([*own, *words], cwd=ROOT, env=environment(engine)) for own in machines]
+    for machine in started:
+        machine.wait(timeout=300)
+    assert all(runs.same(left(tmp_path, "joint", what), left(one_machine, "joint", what)) for what in WHAT)
+    assert seen(tmp_path, "joint", 1)["decisions"] == seen(one_machine, "joint")["decisions"]
+
+
 KILLED_IN_STEP = ("ddp", "zero3")
 """Of the others it is known already: the launcher is the same."""
 
@@ -130,18 +169,18 @@ KILLED_IN_STEP = ("ddp", "zero3")
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["step", "save"])
 def test_a_killed_process_ends_the_run_and_what_was_saved_resumes_exactly(
-    uncut: tuple[str, Path], tmp_path: Path, where: str
+    uncut: tuple[str, Path], base: Path, tmp_path: Path, where: str
 ) -> None:
     engine, whole = uncut
     if where == "step" and engine not in KILLED_IN_STEP:
         pytest.skip(f"shown on {', '.join(KILLED_IN_STEP)}, which are launched and ended alike")
     start = time.monotonic()
-    killed = launched(tmp_path, engine, "joint", "--killed", where, ok=False)
+    killed = launched(tmp_path, engine, base, "joint", "--killed", where, ok=False)
     assert killed.returncode != 0
     assert "Signal 9 (SIGKILL)" in killed.stderr
     assert time.monotonic() - start < 60
     assert not (tmp_path / "joint" / "pruned").exists()
-    launched(tmp_path, engine, "joint", "--resume")
+    launched(tmp_path, engine, base, "joint", "--resume")
     assert (tmp_path / "joint" / "unfinished-checkpoint-6").exists() == (where == "save")
     assert all(runs.same(left(tmp_path, "joint", what), left(whole, "joint", what)) for what in WHAT)
     steps = seen(tmp_path, "joint")["decisions"]

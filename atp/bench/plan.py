@@ -10,7 +10,7 @@ context parallelism; time of messages that hide behind arithmetic.
 
 import statistics
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -38,9 +38,6 @@ ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 LIVE_PARAMETERS = 1_000_000_000
 """Of ZeRO-3, gathered at a time at most: DeepSpeed's `stage3_max_live_parameters`, whose default nobody changes."""
 
-BUCKET_ELEMENTS = 500_000_000
-"""Of ZeRO's gradient bucket at most: DeepSpeed's `reduce_bucket_size`."""
-
 STREAMS = 6
 """Tensors of `(refit_rows, length, hidden_size)` that the final refit holds (`training.propagation`)."""
 
@@ -56,7 +53,7 @@ class Plan:
 
     Attributes:
         memory: by what it is for.
-        refit: what the final refit holds besides weights, once, on each device.
+        refit: what the final refit holds besides weights, once, on each device; quantised weights are not refitted.
         flops: of the step on one device, adapters and attention included.
         overhead_flops: of these, the generator's.
         messages: bytes that a device sends in a step: `lora` for plain LoRA on this engine, `atp` what pruning adds.
@@ -118,7 +115,7 @@ def plan(
     hidden = base.config.get_text_config().hidden_size
     return Plan(
         memory=memory,
-        refit=STREAMS * config.refit_rows * length * hidden * base.dtype.itemsize,
+        refit=0 if bits else STREAMS * config.refit_rows * length * hidden * base.dtype.itemsize,
         flops=flops,
         overhead_flops=6.0 * generator * len(attachment.space.structure.blocks),
         messages=_messages(engine, devices, weights, adapters, masks, attachment),
@@ -161,7 +158,7 @@ def _activations(model: PeftModel, space: Space, rows: int, length: int) -> int:
         attachment.fuse_adapters()
         attachment.require_gradients(True)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        with _Alive() as alive:
+        with _Alive((*model.parameters(), *model.buffers(), *attachment.masks.values(), ids)) as alive:
             with torch.autocast("cpu", torch.bfloat16, enabled=causal_lm(model).dtype == torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -174,7 +171,7 @@ def _held(engine: str, devices: int, model: PeftModel, weights: int, adapters: i
     if engine == "ddp":  # gradients twice: parameters' and buckets'
         return {"base weights": weights, "adapters": adapters, "gradients": 2 * adapters, "optimizer": states}
     if engine == "zero2":
-        bucket = min(adapters, 4 * BUCKET_ELEMENTS)
+        bucket = 4 * causal_lm(model).config.get_text_config().hidden_size ** 2  # as the Trainer sets it where "auto"
         return {
             "base weights": weights,
             "adapters": adapters,
@@ -240,14 +237,17 @@ def _bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:
 class _Alive(TorchDispatchMode):
     """Adds up the storages that operations make, while they live.
 
+    Args:
+        there: tensors that are there already, whose views are nothing new.
+
     Attributes:
         peak: the most bytes at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.peak = self._now = 0
-        self._seen = WeakIdKeyDictionary()
+        self._seen = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in there})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))

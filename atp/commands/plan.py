@@ -13,6 +13,7 @@ from atp.config import SPACES, ATPConfig
 from atp.errors import ConfigError
 from atp.recipe import DTYPES
 
+_NOT_ASKED = ("json", "run", "overrides")
 _POSITIVE = ("gpus", "rows", "length", "lora_rank", "refit_rows", "tflops", "gb_per_s", "gpu_gib")
 
 
@@ -90,7 +91,9 @@ def run(arguments: argparse.Namespace) -> None:
     if fits is not None:
         print(f"{'fits' if fits else 'DOES NOT FIT'}: {_gib(needed)} GiB needed, {arguments.gpu_gib:g} GiB there")
     if arguments.json:
-        write_json(arguments.json, dataclasses.asdict(found) | {"total": found.total, "seconds": seconds, "fits": fits})
+        asked = {name: value for name, value in vars(arguments).items() if name not in _NOT_ASKED}
+        answers = dataclasses.asdict(found) | {"total": found.total, "seconds": seconds, "fits": fits}
+        write_json(arguments.json, asked | answers)
 
 
 def _gib(size: int) -> str:

@@ -13,10 +13,12 @@ def alone() -> bool:
 
 @torch.no_grad()
 def summed(tensor: Tensor) -> Tensor:
-    """`tensor` added up over processes, in place."""
-    if not alone():
-        distributed.all_reduce(tensor)
-    return tensor
+    """`tensor` added up over processes."""
+    if alone():
+        return tensor
+    sent = _sendable(tensor)
+    distributed.all_reduce(sent)
+    return sent.to(tensor.device)
 
 
 @torch.no_grad()
@@ -24,8 +26,7 @@ def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Vectors averaged over processes, all in one message."""
     if alone() or not tensors:
         return dict(tensors)
-    together = summed(torch.cat(list(tensors.values()))) / distributed.get_world_size()
-    return dict(zip(tensors, together.split([len(t) for t in tensors.values()]), strict=True))
+    return _apart(summed(torch.cat(list(tensors.values()))) / distributed.get_world_size(), tensors)
 
 
 @torch.no_grad()
@@ -34,5 +35,18 @@ def from_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if alone() or not tensors:
         return dict(tensors)
     together = torch.cat(list(tensors.values()))
-    distributed.broadcast(together, src=0)
-    return dict(zip(tensors, together.split([len(t) for t in tensors.values()]), strict=True))
+    sent = _sendable(together)
+    distributed.broadcast(sent, src=0)
+    return _apart(sent.to(together.device), tensors)
+
+
+def _apart(together: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(tensors, together.split([len(tensor) for tensor in tensors.values()]), strict=True))
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """A copy where the backend can take it: NCCL takes nothing from the CPU."""
+    backends = distributed.get_backend_config()  # such as "cuda:nccl", or "cpu:gloo,cuda:gloo"
+    if f"{tensor.device.type}:" in backends:
+        return tensor.clone()
+    return tensor.to(torch.accelerator.current_accelerator())

@@ -1,28 +1,36 @@
 """Steps of a run on an engine, measured: memory of a process, seconds of a step, and what the callback takes of it.
 
-    accelerate launch --config_file configs/accelerate/fsdp2.yaml benchmarks/scale/measure.py --out rows.jsonl
+    export ATP_ENGINE=fsdp2
+    accelerate launch --config_file configs/accelerate/fsdp2.yaml benchmarks/scale/measure.py --out FILE
 
-appends one row, of the first process. Random weights of a model's shapes, random text, and a decision that is random at
-first: what is timed does not depend on them. On CPUs `--cpu` takes the engine that the launcher names all the same.
+appends one row to FILE, of the first process, beside what `atp plan` says of the same run. Random weights of a model's
+shapes, random text, and a decision that is random at first: what is timed does not depend on them. On CPUs `--cpu`
+takes the engine that the launcher names all the same.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
+import tempfile
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from atp import ATPCallback, ATPConfig
-from atp.commands.models import random_model
+from atp.bench import plan, seconds_here
+from atp.commands.models import load_shell, random_model
 from atp.evaluation import peak_memory_mib, reset_peak_memory
+
+_LORA_RANK = 16
 
 _UNMEASURED = 2
 """First steps, in which libraries and optimizers allocate what they keep."""
@@ -74,13 +82,18 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     words = parser.parse_args()
+    step = (words.rows, words.length, _LORA_RANK, words.gradient_checkpointing)
+    model = shell(words)
+    planned = plan(model, ATPConfig(), os.environ["ATP_ENGINE"], int(os.environ["WORLD_SIZE"]), *step)
+    here = partial(random_model, words.model, dtype=words.dtype)
+    seconds = seconds_here(here, model.config.num_hidden_layers, ATPConfig(), *step)
     arguments: dict[str, Any] = {"bf16": words.dtype == "bfloat16"}
     if words.cpu:
         from tests.processes import engine_on_cpu  # noqa: PLC0415
 
         arguments = {"use_cpu": True} | engine_on_cpu()
     training = TrainingArguments(
-        str(words.out.parent / "run"),
+        tempfile.mkdtemp(),
         **arguments,
         max_steps=words.steps,
         per_device_train_batch_size=words.rows,
@@ -92,9 +105,12 @@ def main() -> None:
         logging_strategy="no",
     )
     torch.manual_seed(0)
+    speed = gb_per_s(training.world_size)
+    seconds += sum(planned.messages.values()) / speed / 1e9
+    gc.collect()  # what was timed has gone
     before = resident_mib()
-    base = random_model(words.model, words.layers, words.dtype)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    base = here(words.layers)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=_LORA_RANK, lora_alpha=32, target_modules="all-linear")
     text = torch.randint(base.config.vocab_size, (1024, words.length)).tolist()
     settings = {"init": "random", "compensate": "none", "start_at": 0.0, "freeze_at": 1.0, "export": False}
     callback = Timed(ATPConfig(**settings))
@@ -110,7 +126,7 @@ def main() -> None:
     trainer.train()
     steps, own = callback.steps[_UNMEASURED:], callback.own[_UNMEASURED:]
     row = {
-        "engine": os.environ.get("ATP_ENGINE", type(trainer.model_wrapped).__name__),
+        "engine": os.environ["ATP_ENGINE"],
         "model": words.model,
         "layers": words.layers,
         "processes": training.world_size,
@@ -120,6 +136,9 @@ def main() -> None:
         "gradient_checkpointing": words.gradient_checkpointing,
         "mib": peak[0] - before,
         "seconds": statistics.median(steps),
+        "plan_mib": planned.total / 2**20,
+        "plan_seconds": seconds,
+        "gb_per_s": speed,
         "callback": statistics.median(o / s for o, s in zip(own, steps, strict=True)),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
@@ -130,6 +149,32 @@ def main() -> None:
         print(json.dumps(row, indent=1))
         with words.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def shell(words: argparse.Namespace) -> PreTrainedModel:
+    """The model without weights."""
+    model = load_shell(words.model, dtype=words.dtype)
+    if words.layers is None:
+        return model
+    model.config.num_hidden_layers = words.layers
+    with torch.device("meta"):
+        return type(model)(model.config).to(getattr(torch, words.dtype))
+
+
+def gb_per_s(processes: int) -> float:
+    """Between processes: what each sends while all gather a tensor the size of a block, and put it together."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    own = torch.zeros(4 << 20, device=device)
+    parts = [torch.empty_like(own) for _ in range(processes)]
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        torch.distributed.all_gather(parts, own)
+        torch.cat(parts)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return (processes - 1) * own.nbytes / statistics.median(seconds) / 1e9
 
 
 class AtTheEnd(TrainerCallback):

@@ -17,7 +17,7 @@ from tests import families, tiny
 ROWS, LENGTH, RANK = 2, 16, 4
 
 MASK = 0.05
-"""Of models this small: where tensors are fake, transformers makes the causal mask that it else knows to be needless."""
+"""Where tensors are fake, transformers makes the causal mask that it else knows to be needless."""
 
 
 def on_meta(config, dtype=torch.float32):
@@ -40,7 +40,8 @@ def test_activations_are_those_of_a_real_step(family: str, dtype: torch.dtype, c
     attachment.fuse_adapters()
     attachment.require_gradients(True)
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.long)
-    with _Alive() as alive, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+    there = (*model.parameters(), *model.buffers(), *attachment.masks.values(), ids)
+    with _Alive(there) as alive, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(input_ids=ids, labels=ids).loss.backward()
     found = planned(base=on_meta(base.config, dtype), checkpointing=checkpointing)
     assert found.memory["activations"] == pytest.approx(alive.peak, rel=MASK)
