@@ -29,14 +29,21 @@ from atp.layers import Attachment, attach, attachment_of, detach
 from atp.structure.budget import target_parameters
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
-from atp.structure.sharding import held, is_sharded, whole
+from atp.structure.sharding import held, is_sharded, settle, whole
 from atp.structure.space import Space, build_space
 from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.processes import summed
 from atp.training.run import PruningRun
-from atp.training.state import FOLDER, check_same_run, load_state, save_state, set_aside_unfinished
+from atp.training.state import (
+    FOLDER,
+    check_same_run,
+    load_state,
+    not_finished_yet,
+    save_state,
+    set_aside_unfinished,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +73,9 @@ class ATPCallback(TrainerCallback):
         self._calibration_hashes: set[str] = set()
         self._run: PruningRun | None = None
         self._learning_rate = 0.0
+        self._loss_scale = 1.0
         self._saved_step: int | None = None
+        self._saves_after_evaluation = False
         self._checked_evaluation = False
 
     @property
@@ -121,16 +130,20 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """This step's masks and teacher."""
-        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]  # DeepSpeed's scheduler moves on too early
-        self._running().begin_step(state.global_step, _loss_scale(kwargs))
+        self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]  # DeepSpeed moves both on too early
+        self._loss_scale = _loss_scale(kwargs)
+        self._running().begin_step(state.global_step, self._loss_scale)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop before a gradient that is not finite is applied; then the joint generator step."""
+        """Stop before a gradient that is not finite is applied; then the joint generator step.
+
+        DeepSpeed has stepped by now, and keeps gradients to itself: there, the masks' tell.
+        """
         if getattr(kwargs["optimizer"], "scaler", None) is None:
             self._require_finite(args, state, kwargs["model"])
-        self.learner.update_from_step(_loss_scale(kwargs))
+        self.learner.update_from_step(self._loss_scale)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -142,13 +155,18 @@ class ATPCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluation sees the noise-free decision."""
         self._running().end_step()
-        self._before_evaluation_and_saving(args, state, control)
+        self._before_evaluation_and_saving(args, state, control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """As `on_step_end`."""
-        self._before_evaluation_and_saving(args, state, control)
+        self._before_evaluation_and_saving(args, state, control, kwargs["model"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """What is to be saved after the evaluation, before the Trainer's own part."""
+        if self._saves_after_evaluation:
+            self._save_first(args, state, kwargs["model"])
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,8 +185,11 @@ class ATPCallback(TrainerCallback):
             self.add_metrics(state.log_history[-1])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the run's state into the checkpoint the Trainer has just written, unless it is there already."""
-        self._save_checkpoint(args, state)
+        """Write the run's state into the checkpoint the Trainer has just written, unless it is there already.
+
+        It is not where an evaluation has decided to save (`save_strategy="best"`).
+        """
+        self._save_checkpoint(args, state, kwargs["model"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,16 +221,24 @@ class ATPCallback(TrainerCallback):
             logs |= {f"{LOG_PREFIX}{name}": value for name, value in self.learner.metrics.items()}
 
     def _before_evaluation_and_saving(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
     ) -> None:
-        """Save first: once the Trainer has saved, it may remove an older checkpoint, and this one must be complete."""
-        if control.should_save:
-            self._save_checkpoint(args, state)
+        self._saves_after_evaluation = control.should_save and control.should_evaluate
         if control.should_evaluate:
             self.learner.show_decision()
+        elif control.should_save:
+            self._save_first(args, state, model)
 
-    def _save_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _save_first(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Once the Trainer has saved, it may remove an older checkpoint, and this one must be complete."""
+        if state.is_world_process_zero:
+            not_finished_yet(_checkpoint(args, state))
+        self._save_checkpoint(args, state, model)
+        self._saves_after_evaluation = False
+
+    def _save_checkpoint(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
         if self._saved_step != state.global_step:
+            settle(model)
             self._save(_checkpoint(args, state), args, state, self._running().state())
             self._saved_step = state.global_step
 
@@ -274,7 +303,8 @@ class ATPCallback(TrainerCallback):
         sharded = any(is_sharded(p) for p in model.parameters())
         gradients = [held(p.grad) for p in model.parameters() if p.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel()]
-        size = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else torch.zeros((), device=args.device)
+        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1, device=args.device)
+        size = norms.float().sum()
         if (summed(size) if sharded else size).isfinite():
             return
         saved = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
@@ -341,6 +371,7 @@ def save_adapters(model: PeftModel, folder: Path, writes: bool) -> None:
 
 def _gathered_adapters(model: PeftModel) -> dict[str, Tensor] | None:
     """Trained parameters, whole, where they are sharded; None where they are not, and PEFT sees to them."""
+    settle(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not any(is_sharded(p) for p in trained.values()):
         return None

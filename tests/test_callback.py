@@ -484,6 +484,49 @@ def test_nan_stops_before_it_is_applied(tmp_path: Path) -> None:
     assert not (tmp_path / "pruned").exists()
 
 
+def test_an_interrupted_evaluation_leaves_no_checkpoint_that_has_only_our_part(tmp_path: Path) -> None:
+    class Interrupt(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    run = runs.trainer(
+        tmp_path, runs.config(), evaluation=runs.dataset(8, seed=5), callbacks=(Interrupt(),), **settings
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2"}
+    assert (tmp_path / "checkpoint-2" / "atp" / "state.json").exists()
+
+
+def test_our_part_of_a_checkpoint_is_there_before_the_trainer_may_remove_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def rotate(output_dir: str, **kwargs: Any) -> None:
+        seen.extend((p / "atp" / "state.json").exists() for p in Path(output_dir).glob("checkpoint-*"))
+
+    monkeypatch.setattr("transformers.trainer.rotate_checkpoints", rotate)
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 4}
+    runs.trainer(tmp_path, runs.config(), evaluation=runs.dataset(8, seed=5), **settings).train()
+    assert len(seen) > 5
+    assert all(seen)
+
+
+def test_only_checkpoints_that_a_kill_cut_short_are_set_aside(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    runs.trainer(tmp_path, runs.config(), **settings).train()
+    (tmp_path / "checkpoint-7").mkdir()  # somebody's
+    (tmp_path / "checkpoint-2" / "rng_state_1.pth").write_text("of an earlier run with more processes")
+    assert state.set_aside_unfinished(tmp_path) == []
+    for name in ("_unfinished-checkpoint-4", "_unfinished-checkpoint-4-2"):
+        state.not_finished_yet(tmp_path / "checkpoint-4")
+        assert [p.name for p in state.set_aside_unfinished(tmp_path)] == [name]
+        shutil.copytree(tmp_path / name, tmp_path / "checkpoint-4")
+
+
 def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = state.write_weights
 

@@ -197,7 +197,7 @@ def test_a_checkpoint_that_a_kill_left_unfinished_is_set_aside(recipe, tmp_path,
     unfinished = run / "checkpoint-4" / "trainer_state.json"
     unfinished.write_bytes(unfinished.read_bytes()[:-10])
     assert main(["train", path, "--resume"]) == 0
-    assert (run / "unfinished-checkpoint-4").is_dir()
+    assert (run / "_unfinished-checkpoint-4").is_dir()
     assert json.loads((run / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
 
 

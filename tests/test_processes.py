@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from atp import load
@@ -40,10 +41,7 @@ ROUNDING_BF16 = 5e-2
 
 def launched(folder: Path, engine: str | None, base: Path, *words: str, ok: bool = True) -> subprocess.CompletedProcess:
     """Run `tests.processes` in one process, or in two on an engine."""
-    if engine is not None and engine.startswith("zero") and (why := no_deepspeed()):
-        pytest.skip(why)
-    if engine is not None and engine not in os.environ.get("ATP_ENGINES", ",".join(ENGINES)).split(","):
-        pytest.skip(f"ATP_ENGINES leaves {engine} out")
+    skip_unless_wanted(engine)
     command = [*launcher(engine), "tests.processes", str(folder), *words, "--base", str(base)]
     done = subprocess.run(command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=400)
     last = folder / next(word for word in reversed(words) if not word.startswith("-")) / "seen-0.json"
@@ -70,6 +68,13 @@ def environment(engine: str | None) -> dict[str, str]:
         {"ACCELERATE_TORCH_DEVICE": "cpu", "DS_ACCELERATOR": "cpu"} if deepspeed else {"ACCELERATE_USE_CPU": "true"}
     )
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | on_cpu
+
+
+def skip_unless_wanted(engine: str | None) -> None:
+    if engine is not None and engine.startswith("zero") and (why := no_deepspeed()):
+        pytest.skip(why)
+    if engine is not None and engine not in os.environ.get("ATP_ENGINES", ",".join(ENGINES)).split(","):
+        pytest.skip(f"ATP_ENGINES leaves {engine} out")
 
 
 def no_deepspeed() -> str | None:
@@ -162,6 +167,33 @@ def test_two_machines_are_as_two_processes_of_one(uncut: tuple[str, Path], base:
     assert seen(tmp_path, "joint", 1)["decisions"] == seen(one_machine, "joint")["decisions"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("atp", ["true", "false"])
+def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, atp: str) -> None:
+    """`accelerate launch -m atp train`, with pruning and without, where the most is special."""
+    engine = "zero3"
+    skip_unless_wanted(engine)
+    rows = tiny.jsonl(tmp_path / "rows.jsonl", range(80)), tiny.jsonl(tmp_path / "held.jsonl", range(80, 100))
+    pruning = {"calibration_rows": 4, "calibration_batch_size": 2, "round_to": 1}
+    recipe = {
+        "model": {"name_or_path": str(base)},
+        "data": {"train": str(rows[0]), "validation": str(rows[1]), "max_length": 32},
+        "output_dir": str(tmp_path / "run"),
+        "atp": pruning if atp == "true" else False,
+        "training": {"max_steps": 4, "per_device_train_batch_size": 1, "save_strategy": "no", "disable_tqdm": True},
+    }
+    recipe["training"] |= {"use_cpu": False, "ddp_backend": "gloo"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    command = [*launcher(engine), "atp", "train", str(tmp_path / "recipe.yaml")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=200, check=False
+    )
+    results = tmp_path / "run" / "metrics.json"
+    assert results.exists(), done.stderr[-3000:]
+    assert json.loads(results.read_text())["validation"]["perplexity"] > 0
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()
+
+
 KILLED_IN_STEP = ("ddp", "zero3")
 """Of the others it is known already: the launcher is the same."""
 
@@ -181,7 +213,7 @@ def test_a_killed_process_ends_the_run_and_what_was_saved_resumes_exactly(
     assert time.monotonic() - start < 60
     assert not (tmp_path / "joint" / "pruned").exists()
     launched(tmp_path, engine, base, "joint", "--resume")
-    assert (tmp_path / "joint" / "unfinished-checkpoint-6").exists() == (where == "save")
+    assert (tmp_path / "joint" / "_unfinished-checkpoint-6").exists() == (where == "save")
     assert all(runs.same(left(tmp_path, "joint", what), left(whole, "joint", what)) for what in WHAT)
     steps = seen(tmp_path, "joint")["decisions"]
     assert steps == seen(whole, "joint")["decisions"][-len(steps) :]

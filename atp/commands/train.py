@@ -19,6 +19,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.callback import ATPCallback, save_adapters
@@ -36,7 +37,7 @@ from atp.training.state import set_aside_unfinished
 logger = logging.getLogger(__name__)
 
 _RUN_FILES = (
-    *("checkpoint-*", "unfinished-checkpoint-*", "final", "pruned"),
+    *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned"),
     *("metrics.json", "recipe.yaml", "report.html"),
 )
 
@@ -87,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     if not pruning:
         save_adapters(tuned, Path(recipe.output_dir) / "final", first)
+    unset_hf_deepspeed_config()  # what is loaded from now on is the first process's alone, not in ZeRO-3's parts
     if first:
         model, cost = (_pruned if pruning else _merged)(recipe, tuned)
         results = {

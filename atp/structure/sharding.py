@@ -4,6 +4,7 @@
 module's, exists whole at a time.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,6 +39,14 @@ def is_ordinary(tensor: Tensor) -> bool:
 def shape_of(tensor: Tensor) -> torch.Size:
     """Of all of it."""
     return torch.Size(tensor.ds_shape) if is_partitioned(tensor) else tensor.shape  # type: ignore[attr-defined]
+
+
+def replicas_of(tensor: Tensor) -> int:
+    """How many times all processes together hold `tensor`, where it is sharded: more than once in a hybrid mesh."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(tensor.placements) if placement.is_replicate())
 
 
 def settle(model: nn.Module) -> None:

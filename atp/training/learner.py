@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atp.config import ATPConfig
-from atp.errors import UnsupportedModelError
+from atp.errors import DivergedError, UnsupportedModelError
 from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
@@ -146,7 +146,7 @@ class DecisionLearner:
         if not any(z.requires_grad for z in self._noisy.values()):
             return
         gradients = {k: leaf.grad for k, leaf in self.attachment.masks.items() if leaf.grad is not None}
-        self._update({k: gradient / loss_scale for k, gradient in gradients.items()})
+        self._update({k: gradient / loss_scale for k, gradient in gradients.items()}, loss_scale)
         self.attachment.require_gradients(False)
 
     def proximal_step(self, learning_rate: float) -> None:
@@ -280,11 +280,19 @@ class DecisionLearner:
             return project(noisy, self.space, self.schedule.sparsity(self.step))
         return threshold(noisy)
 
-    def _update(self, gradients: Mapping[str, Tensor | None]) -> None:
+    def _update(self, gradients: Mapping[str, Tensor | None], loss_scale: float = 1.0) -> None:
         assert self._noisy is not None
         soft = soften(self._noisy, self._temperature)
         present = averaged({k: g for k, g in gradients.items() if g is not None})
         task = torch.stack([(soft[k] * g).sum() for k, g in present.items()]).sum()
+        if not task.isfinite():  # the same on all processes
+            self._noisy = None
+            if loss_scale == 1.0:
+                raise DivergedError(
+                    f"the loss's gradient in the masks is NaN or infinite at step {self.step}: the decision stays as "
+                    "it was; lower the learning rate or check the data, then resume from the last checkpoint"
+                )
+            return  # too large a scale, which its owner will lower
         masks = straight_through(threshold(self._noisy), soft)
         budget = budget_loss(masks, self.space, self.schedule.sparsity(self.step))
         self.optimizer.zero_grad(set_to_none=True)

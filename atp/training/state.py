@@ -1,10 +1,10 @@
 """Saved state: tensors as safetensors, the rest as JSON, in one folder that is complete or absent."""
 
 import json
-import shutil
 import sys
 import zipfile
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from atp.weights import write_weights
 
 FOLDER = "atp"
 TENSORS, VALUES = "state.safetensors", "state.json"
+
+_WRITTEN_LAST = "trainer_state.json"
 
 
 def save_state(folder: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], writes: bool = True) -> None:
@@ -79,31 +81,38 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
 def set_aside_unfinished(output_dir: Path) -> list[Path]:
     """Rename checkpoints that were being written when their run was killed, so that nothing goes on from them.
 
-    The Trainer writes `trainer_state.json` last, but for the random states of other processes than the first.
+    Their state of ours is written first; the Trainer's `trainer_state.json` last, but for the random states of other
+    processes than the first. Checkpoints without such a state are not touched.
 
     Returns:
         What they are called now.
     """
     aside = []
     for checkpoint in sorted(output_dir.glob("checkpoint-*")):
-        if checkpoint.is_dir() and checkpoint.name.rsplit("-", 1)[1].isdigit() and not _is_finished(checkpoint):
-            instead = checkpoint.with_name(f"unfinished-{checkpoint.name}")
-            shutil.rmtree(instead, ignore_errors=True)
-            aside.append(checkpoint.rename(instead))
+        if (checkpoint / FOLDER).is_dir() and not _is_finished(checkpoint):
+            names = (f"_unfinished-{checkpoint.name}{end}" for end in chain([""], map("-{}".format, count(2))))
+            free = (path for name in names if not (path := checkpoint.with_name(name)).exists())
+            aside.append(checkpoint.rename(next(free)))
     return aside
+
+
+def not_finished_yet(checkpoint: Path) -> None:
+    """To be called before a checkpoint is written where an earlier run may have left one."""
+    (checkpoint / _WRITTEN_LAST).unlink(missing_ok=True)
 
 
 def _is_finished(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        json.loads((checkpoint / _WRITTEN_LAST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    states = list(checkpoint.glob("rng_state_*.pth"))  # a file each, where there is more than one process
     try:
         processes = json.loads((checkpoint / FOLDER / VALUES).read_text(encoding="utf-8"))["world_size"]
     except (OSError, ValueError):
-        processes = len(states)  # plain LoRA's, or damaged, of which `load_state` will say more
-    return not states or (len(states) == processes and all(map(zipfile.is_zipfile, states)))
+        return True  # of which `load_state` says more
+    if processes == 1 or not any(checkpoint.glob("rng_state_*.pth")):  # the latter: `save_only_model`
+        return True
+    return all(zipfile.is_zipfile(checkpoint / f"rng_state_{rank}.pth") for rank in range(processes))
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -115,7 +124,7 @@ def _elsewhere(folder: Path) -> str:
     """What to do instead: the newest checkpoint beside this one that is complete."""
     checkpoint = folder.parent
     siblings = checkpoint.parent.glob("checkpoint-*") if checkpoint.parent.is_dir() else ()
-    complete = [c for c in siblings if c != checkpoint and (c / FOLDER / VALUES).is_file()]
+    complete = [c for c in siblings if c != checkpoint and (c / FOLDER / VALUES).is_file() and _is_finished(c)]
     if not complete:
         return "start the run anew"
     newest = max(complete, key=lambda c: int(c.name.rsplit("-", 1)[-1]))

@@ -1,9 +1,11 @@
 """The learner. Oracle: autograd straight through real masks, against the gradient gathered at mask leaves."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
-from atp.errors import UnsupportedModelError
+from atp.errors import DivergedError, UnsupportedModelError
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import attach
 from atp.structure.discovery import discover
@@ -51,6 +53,18 @@ def test_update_is_the_straight_through_gradient(space: str) -> None:
     for name, parameter in made.generator.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_generator() -> None:
+    """Under a gradient scaler it is passed over, as the scaler's owner passes its step over; else the run ends."""
+    made = learner()
+    before = {name: p.clone() for name, p in made.generator.named_parameters()}
+    for scale in (1024.0, 1.0):
+        made.begin_step(0)
+        sum(mask.sum() for mask in made.attachment.masks.values()).mul(float("inf")).backward()
+        with pytest.raises(DivergedError, match="at step 0") if scale == 1.0 else nullcontext():
+            made.update_from_step(scale)
+        assert all(torch.equal(p, before[name]) for name, p in made.generator.named_parameters())
 
 
 def test_alternating_takes_its_gradient_under_soft_masks_and_leaves_lora_without_any() -> None:
