@@ -1,6 +1,7 @@
 """Two processes on every engine, launched as users do. Oracles: one process with twice the batch; the uncut run.
 
-`ATP_ENGINES=ddp,zero3` runs only these. What is not covered: GPUs, and FSDP's and DeepSpeed's offloading.
+`ATP_ENGINES=ddp,zero3` runs only these; `pytest -rP` prints how far two processes are from one. What
+is not covered: GPUs, and FSDP's and DeepSpeed's offloading.
 """
 
 import importlib.util
@@ -128,6 +129,9 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
         assert here["decisions"] == there["decisions"], "ranks decide otherwise"
         assert all(runs.same(left(two, case, what), left(two, case, what, 1)) for what in WHAT), "ranks differ"
         worst = max(abs(a - b) for a, b in zip(here["losses"], one["losses"], strict=True))
+        off = {what: f"{runs.worst(left(two, case, what), left(alone, case, what)):.1e}" for what in WHAT}
+        same = sum(a == b for a, b in zip(here["decisions"], one["decisions"], strict=True))
+        print(f"{engine}, {case}: losses {worst:.1e}, {off}, {same} of {len(one['decisions'])} decisions")
         if case == "bf16":
             assert worst < ROUNDING_BF16
             continue

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from atp.bench.copies import attached, on_the_same_tensors
 from atp.bench.timing import measured
@@ -158,7 +158,10 @@ def _activations(model: PeftModel, space: Space, rows: int, length: int) -> int:
         attachment.fuse_adapters()
         attachment.require_gradients(True)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        with _Alive((*model.parameters(), *model.buffers(), *attachment.masks.values(), ids)) as alive:
+        with (
+            _no_packed_rows(),
+            _Alive((*model.parameters(), *model.buffers(), *attachment.masks.values(), ids)) as alive,
+        ):
             with torch.autocast("cpu", torch.bfloat16, enabled=causal_lm(model).dtype == torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -261,6 +264,17 @@ class _Alive(TorchDispatchMode):
 
     def _gone(self, size: int) -> None:
         self._now -= size
+
+
+@contextmanager
+def _no_packed_rows() -> Iterator[None]:
+    """Where it cannot look at positions, transformers takes rows for packed ones and makes a mask of all pairs."""
+    looking = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looking
 
 
 @contextmanager

@@ -39,20 +39,20 @@ def test_steps_are_what_their_names_say(base):
     dense, learning, between, eager, frozen = (case.call for case in cases)
     for step in (dense, learning, between, eager, frozen):
         step()
-    assert dense._learner is None
-    generator = {k: v.clone() for k, v in learning._learner.generator.state_dict().items()}
+    assert dense.learner is None
+    generator = {k: v.clone() for k, v in learning.learner.generator.state_dict().items()}
     learning()
-    assert not learning._learner.frozen
-    assert any(not torch.equal(v, generator[k]) for k, v in learning._learner.generator.state_dict().items())
-    generator = {k: v.clone() for k, v in between._learner.generator.state_dict().items()}
+    assert not learning.learner.frozen
+    assert any(not torch.equal(v, generator[k]) for k, v in learning.learner.generator.state_dict().items())
+    generator = {k: v.clone() for k, v in between.learner.generator.state_dict().items()}
     between()
-    assert not between._learner.frozen
-    assert between._learner.attachment.is_compact
-    assert all(torch.equal(v, generator[k]) for k, v in between._learner.generator.state_dict().items())
+    assert not between.learner.frozen
+    assert between.learner.attachment.is_compact
+    assert all(torch.equal(v, generator[k]) for k, v in between.learner.generator.state_dict().items())
     for step, compact in ((eager, False), (frozen, True)):
-        assert step._learner.frozen
-        assert step._learner.attachment.is_compact is compact
-        assert step._learner.space.sparsity(step._learner.decision()) == pytest.approx(0.5, abs=0.05)
+        assert step.learner.frozen
+        assert step.learner.attachment.is_compact is compact
+        assert step.learner.space.sparsity(step.learner.decision()) == pytest.approx(0.5, abs=0.05)
     assert cases[2].limit == cases[4].limit
     assert cases[4].limit == pytest.approx(
         flops_per_token(pruned_copy(base, ATPConfig(sparsity=0.5, round_to=1))) / flops_per_token(base), abs=0.02

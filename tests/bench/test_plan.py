@@ -16,9 +16,6 @@ from tests import families, tiny
 
 ROWS, LENGTH, RANK = 2, 16, 4
 
-MASK = 0.05
-"""Where tensors are fake, transformers makes the causal mask that it else knows to be needless."""
-
 
 def on_meta(config, dtype=torch.float32):
     with torch.device("meta"):
@@ -44,7 +41,7 @@ def test_activations_are_those_of_a_real_step(family: str, dtype: torch.dtype, c
     with _Alive(there) as alive, torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model(input_ids=ids, labels=ids).loss.backward()
     found = planned(base=on_meta(base.config, dtype), checkpointing=checkpointing)
-    assert found.memory["activations"] == pytest.approx(alive.peak, rel=MASK)
+    assert found.memory["activations"] == pytest.approx(alive.peak, rel=0.01)
 
 
 def test_what_engines_share_is_shared() -> None:

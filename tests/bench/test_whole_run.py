@@ -18,7 +18,7 @@ def seconds(monkeypatch):
     takes, called = {}, []
 
     def measured(step):
-        index = None if step._learner is None else step.index
+        index = None if step.learner is None else step.index
         step()
         called.append((index, step))
         return takes.get(index, 1.0), 100.0 + len(called)
@@ -53,7 +53,7 @@ def test_steps_are_taken_where_they_come_in_the_run(seconds):
     base, results = run()
     pruned = [index for index, _ in called if index is not None]
     assert pruned == [begins + i for begins, _ in KINDS.values() for i in range(4)]
-    learner = next(step._learner for index, step in called if index is not None)
+    learner = next(step.learner for index, step in called if index is not None)
     assert learner.frozen_at == 20
     assert learner.schedule.start_step == 10
     assert learner.overlap() is not None  # the criterion has scored
