@@ -178,13 +178,14 @@ def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, atp: str)
     engine = "zero3"
     skip_unless_wanted(engine)
     rows = tiny.jsonl(tmp_path / "rows.jsonl", range(80)), tiny.jsonl(tmp_path / "held.jsonl", range(80, 100))
-    pruning = {"calibration_rows": 4, "calibration_batch_size": 2, "round_to": 1}
+    pruning = {"calibration_rows": 4, "calibration_batch_size": 2, "round_to": 1, "refit_rows": 4}
+    pruning |= {"refit_first_tokens": 0, "start_at": 0.0, "freeze_at": 0.5}
     recipe = {
         "model": {"name_or_path": str(base)},
         "data": {"train": str(rows[0]), "validation": str(rows[1]), "max_length": 32},
         "output_dir": str(tmp_path / "run"),
         "atp": pruning if atp == "true" else False,
-        "training": {"max_steps": 4, "per_device_train_batch_size": 1, "save_strategy": "no", "disable_tqdm": True},
+        "training": {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no", "disable_tqdm": True},
     }
     recipe["training"] |= {"use_cpu": False, "ddp_backend": "gloo"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
