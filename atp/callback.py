@@ -104,8 +104,8 @@ class ATPCallback(TrainerCallback):
         """Reach trackers, which log before user callbacks do; leave no half-written checkpoint to be resumed from."""
         self._feed_trackers()
         with args.main_process_first(local=False, desc="half-written checkpoints"):
-            for unfinished in set_aside_unfinished(Path(args.output_dir)) if state.is_world_process_zero else ():
-                logger.warning("atp: its run was killed before it was complete: now called %s", unfinished)
+            if state.is_world_process_zero:
+                set_aside_unfinished(Path(args.output_dir))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

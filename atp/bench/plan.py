@@ -1,8 +1,8 @@
 """What a training step of a model needs, told from its shapes: memory of each device, arithmetic, messages, time.
 
 Memory is counted by running the step on fake tensors, which have sizes and no values, and adding up what is alive:
-forward and backward, whatever the family. What engines do to it is arithmetic. Time is that of
-this machine's, from models of one block and of three of the same shapes, or of a given speed.
+forward and backward, whatever the family. What engines do to it is arithmetic. Time is this machine's, from models of
+one block and of three of the same shapes.
 
 Not covered: what allocators lose to fragments and libraries take for themselves; offloading; pipeline, tensor and
 context parallelism; time of messages that hide behind arithmetic.
@@ -102,7 +102,7 @@ def plan(
     adapters = _bytes(trained)
     masks = sum(s.size for s in attachment.space.sets)
     generator = _generator_parameters(config, attachment)
-    memory = _held(engine, devices, model, weights, adapters) | {
+    memory = _held(engine, devices, attachment, weights, adapters) | {
         "activations": activations,
         "generator and masks": 4 * (2 + _ADAM) * generator + 8 * masks,
     }
@@ -168,13 +168,13 @@ def _activations(model: PeftModel, space: Space, rows: int, length: int) -> int:
     return alive.peak
 
 
-def _held(engine: str, devices: int, model: PeftModel, weights: int, adapters: int) -> dict[str, int]:
+def _held(engine: str, devices: int, attachment: Attachment, weights: int, adapters: int) -> dict[str, int]:
     """Weights, gradients and optimizer states of one device."""
-    states = _ADAM * adapters
+    lm, states = attachment.lm, _ADAM * adapters
     if engine == "ddp":  # gradients twice: parameters' and buckets'
         return {"base weights": weights, "adapters": adapters, "gradients": 2 * adapters, "optimizer": states}
     if engine == "zero2":
-        bucket = 4 * causal_lm(model).config.get_text_config().hidden_size ** 2  # as the Trainer sets it where "auto"
+        bucket = 4 * lm.config.get_text_config().hidden_size ** 2  # as the Trainer sets it where "auto"
         return {
             "base weights": weights,
             "adapters": adapters,
@@ -183,12 +183,13 @@ def _held(engine: str, devices: int, model: PeftModel, weights: int, adapters: i
         }
     share = {"base weights": weights // devices, "adapters": adapters // devices}
     if engine == "zero3":
-        live = min(LIVE_PARAMETERS, sum(p.numel() for p in model.parameters()))
-        gathered = live * (weights + adapters) // sum(p.numel() for p in model.parameters())
+        parameters = sum(p.numel() for p in lm.parameters())
+        gathered = min(LIVE_PARAMETERS, parameters) * (weights + adapters) // parameters
         share |= {"gradients": adapters // devices, "optimizer": (states + adapters) // devices}
     else:
-        units = sorted(_bytes(block.parameters()) for block in _blocks(model))
-        rest = _bytes(model.parameters()) - sum(units)
+        blocks = [lm.get_submodule(block.path) for block in attachment.space.structure.blocks]
+        units = sorted(_bytes(block.parameters()) for block in blocks)
+        rest = _bytes(lm.parameters()) - sum(units)
         gathered = sum(units[-2:]) + rest  # one that computes, one that is fetched; embedding, norm and head
         share |= {"gradients": adapters // devices, "optimizer": states // devices}
     return share | {"gathered": gathered}
@@ -226,11 +227,6 @@ def _attention_flops(base: PreTrainedModel, length: int) -> float:
     config = base.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2.0 * config.num_hidden_layers * config.num_attention_heads * head * length**2
-
-
-def _blocks(model: PeftModel) -> list[nn.Module]:
-    from_attachment: Any = causal_lm(model).__dict__["_atp_attachment"]
-    return [from_attachment.lm.get_submodule(block.path) for block in from_attachment.space.structure.blocks]
 
 
 def _bytes(tensors: Iterator[Tensor] | list[Tensor]) -> int:

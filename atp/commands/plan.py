@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print one table: what a GPU holds, and what a step takes."""
+    """Print two tables: what a GPU holds, and what a step takes."""
     for name in _POSITIVE:
         if (value := getattr(arguments, name)) is not None and value <= 0:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0")

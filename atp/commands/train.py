@@ -107,8 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
-    for unfinished in set_aside_unfinished(output_dir) if resume and first else ():
-        logger.warning("atp: its run was killed before it was complete: now called %s", unfinished)
+    if resume and first:
+        set_aside_unfinished(output_dir)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if resume:
         return _intact(Path(found)) if found else None

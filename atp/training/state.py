@@ -1,6 +1,7 @@
 """Saved state: tensors as safetensors, the rest as JSON, in one folder that is complete or absent."""
 
 import json
+import logging
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from atp.weights import write_weights
 
 FOLDER = "atp"
 TENSORS, VALUES = "state.safetensors", "state.json"
+
+logger = logging.getLogger(__name__)
 
 _WRITTEN_LAST = "trainer_state.json"
 
@@ -79,7 +82,7 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
 
 
 def set_aside_unfinished(output_dir: Path) -> list[Path]:
-    """Rename checkpoints that were being written when their run was killed, so that nothing goes on from them.
+    """Rename checkpoints that were being written when their run was killed, so that nothing goes on from them; say so.
 
     Their state of ours is written first; the Trainer's `trainer_state.json` last, but for the random states of other
     processes than the first. Checkpoints without such a state are not touched.
@@ -93,6 +96,7 @@ def set_aside_unfinished(output_dir: Path) -> list[Path]:
             names = (f"_unfinished-{checkpoint.name}{end}" for end in chain([""], map("-{}".format, count(2))))
             free = (path for name in names if not (path := checkpoint.with_name(name)).exists())
             aside.append(checkpoint.rename(next(free)))
+            logger.warning("atp: its run was killed before it was complete: now called %s", aside[-1])
     return aside
 
 
