@@ -27,10 +27,11 @@ from atp.export import export
 from atp.files import written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
 from atp.structure.budget import target_parameters
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.sharding import held, is_sharded, settle, whole
-from atp.structure.space import Space, build_space
+from atp.structure.space import Space
 from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner

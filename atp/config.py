@@ -15,7 +15,10 @@ import yaml
 
 from atp.errors import ConfigError
 
-SPACES = ("width", "disp")
+COMBINING = ("width", "hidden", "depth")
+"""Spaces that may be joined by `+`."""
+
+SPACES = (*COMBINING, "disp")
 MODES = ("joint", "alternating")
 DECISIONS = ("generator", "logits", "criterion")
 CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "random")
@@ -40,9 +43,11 @@ class ATPConfig:
     What to prune:
         sparsity: share of prunable parameters to remove, in (0, 1). Prunable are the weights of the decoder's
             linear layers; embeddings, head and norms are not counted.
-        space: `"width"` (KV groups and MLP channels) or `"disp"` (per-block residual dimensions and MLP channels).
-        uniform: give every block the same widths (each still chooses which dimensions): the result of `width` is
-            then a plain Hugging Face folder.
+        space: `"width"` (KV groups and MLP channels), `"hidden"` (residual dimensions, the same in the whole model),
+            `"depth"` (attentions and MLPs as a whole; the first block stays), several of these joined by `+` or given
+            as a list, or `"disp"` (per-block residual dimensions and MLP channels).
+        uniform: give every block the same widths (each still chooses which dimensions), and let whole blocks go in
+            `depth`: the result is then a plain Hugging Face folder. Not in `disp`; `hidden` is plain as it is.
         round_to: kept widths are multiples of this; `None` chooses by the model's width, see `Space`.
 
     How decisions are learned:
@@ -160,9 +165,11 @@ class ATPConfig:
     def __post_init__(self) -> None:
         if isinstance(self.protect, list):
             object.__setattr__(self, "protect", tuple(self.protect))
+        if isinstance(self.space, list | tuple):
+            object.__setattr__(self, "space", "+".join(str(part) for part in self.space))
+        object.__setattr__(self, "space", "+".join(space_parts(self.space)))
         for check in (
             ("sparsity", _number(self.sparsity) and 0 < self.sparsity < 1, "a number in (0, 1)"),
-            ("space", self.space in SPACES, f"one of {', '.join(SPACES)}"),
             ("decision", self.decision in DECISIONS, f"one of {', '.join(DECISIONS)}"),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
             ("init", self.init in (*CRITERIA, "ones"), f"one of {', '.join(CRITERIA)}, ones"),
@@ -222,8 +229,8 @@ class ATPConfig:
             )
         if self.decision == "criterion" and self.init == "ones":
             raise ConfigError("decision='criterion' needs a criterion in init, not 'ones': set init to activation")
-        if self.uniform and self.space != "width":
-            raise ConfigError(f"uniform=True needs space='width', not {self.space!r}: set uniform to false")
+        if self.uniform and self.space == "disp":
+            raise ConfigError("uniform=True makes nothing plain in space='disp': set uniform to false")
 
     @property
     def alternates(self) -> bool:
@@ -292,6 +299,21 @@ class ATPConfig:
     def to_yaml(self, path: str | Path) -> None:
         """Write the settings as YAML."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def space_parts(space: str) -> tuple[str, ...]:
+    """The spaces that `space` joins by `+`, in order.
+
+    Raises:
+        ConfigError: where there is no such space.
+    """
+    given = str(space).split("+")
+    if (given != ["disp"] and not set(given) <= set(COMBINING)) or len(set(given)) < len(given):
+        raise ConfigError(
+            f"space={space!r} is not allowed: it must be one of {', '.join(SPACES)}, or several of "
+            f"{', '.join(COMBINING)} joined by +"
+        )
+    return tuple(part for part in SPACES if part in given)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from atp import ATPCallback, load
 from atp.commands.models import load_model
 from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
 from atp.layers import attach, attachment_of
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer, is_quantised
-from atp.structure.space import build_space
 from atp.training import state
 from atp.training.run import TEACHER
 from tests import runs, tiny

@@ -11,8 +11,8 @@ from atp.criteria import scores
 from atp.criteria.ranking import rank
 from atp.layers import Attachment, attach
 from atp.structure.budget import project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 
 
 def on_the_same_tensors(model: PreTrainedModel) -> PreTrainedModel:

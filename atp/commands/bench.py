@@ -69,7 +69,7 @@ def _declare(benches: Any, name: str, what: str) -> argparse.ArgumentParser:
         "--config", default="smollm2-135m", metavar="SHAPES", help=f"{', '.join(SHAPES)}, or a hub name or folder"
     )
     parser.add_argument("--layers", type=int, help="take this many blocks instead of all")
-    parser.add_argument("--space", choices=SPACES, default="width")
+    parser.add_argument("--space", default="width", help=f"one of {', '.join(SPACES)}, or e.g. width+depth")
     parser.add_argument("--sparsity", type=float, default=0.5, help="share of prunable parameters (default 0.5)")
     parser.add_argument("--round-to", type=int, help="kept widths are multiples of this")
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32")

@@ -13,8 +13,9 @@ from atp.commands.output import print_table, write_json
 from atp.config import SPACES, ATPConfig
 from atp.evaluation import count_parameters
 from atp.structure.budget import budget_note, project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import GroupSet, Space, build_space
+from atp.structure.space import GroupSet, Space
 
 
 def add(commands: Any) -> None:
@@ -27,7 +28,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--gguf-file", help="GGUF file inside MODEL")
     parser.add_argument("--sparsity", type=float, default=0.4, help="share of prunable parameters (default 0.4)")
-    parser.add_argument("--space", choices=SPACES, default="width")
+    parser.add_argument("--space", default="width", help=f"one of {', '.join(SPACES)}, or e.g. width+depth")
     parser.add_argument("--uniform", action="store_true", help="the same widths in every block")
     parser.add_argument("--round-to", type=int, help="kept widths are multiples of this")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")

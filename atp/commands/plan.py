@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--bits", type=int, choices=(4, 8), help="base weights quantised to so many")
     parser.add_argument("--lora-rank", type=int, default=16, help="on every linear layer (default 16)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument("--space", choices=SPACES, default="width")
+    parser.add_argument("--space", default="width", help=f"one of {', '.join(SPACES)}, or e.g. width+depth")
     parser.add_argument("--refit-rows", type=int, default=ATPConfig.refit_rows, help="see ATPConfig")
     parser.add_argument("--gpu-gib", type=float, help="memory of one GPU: says whether the plan fits")
     speed = parser.add_mutually_exclusive_group()

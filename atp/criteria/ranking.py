@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from atp.structure.space import Space
+from atp.structure.space import SWITCHES, Space
 
 SUITABLE = {"surgeon": "global", "flap": "standard"}
 """The ranking that suits a criterion, where it is not `"block"`: `surgeon` is in nats of loss whatever the block, and
@@ -48,9 +48,9 @@ def rank(
     else:
         ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else _standardised(scores, space))
     for s in space.sets:
-        if s.block < first or s.block >= blocks - last:
+        if s.block is not None and (s.block < first or s.block >= blocks - last):
             ranked[s.name] = 1.0 + ranked[s.name]
-        elif how == "global":
+        elif how == "global" and s.kind not in SWITCHES:
             best = ranked[s.name].topk(round(floor * s.size)).indices
             ranked[s.name][best] += 1.0
     return ranked
@@ -86,7 +86,7 @@ def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float) -> dict[str, Tensor]:
     last = max(len(space.structure.blocks) - 1, 1)
-    depth = {s.name: 2 * s.block / last - 1 for s in space.sets}
+    depth = {s.name: 0.0 if s.block is None else 2 * s.block / last - 1 for s in space.sets}
     return {
         s.name: scores[s.name] / c * math.exp(tilt * depth[s.name])
         for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)

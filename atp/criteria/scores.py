@@ -3,16 +3,16 @@
 activation  sum over a group's weights of |W_ij| * ||x_j||  (Wanda, arXiv 2306.11695, summed over the group)
 flap        sum over a group's weights of W_ij^2 * var(x_j)  (FLAP, arXiv 2312.11983: what a bias cannot make up for)
 surgeon     what the loss rises by when groups go one after the other and the rest of the layer is refitted (optimal
-            brain surgeon with K-FAC curvature, see `surgeon.py`); for written dimensions, which nothing can make up
-            for, mean(d^2) mean(y^2) / 2
+            brain surgeon with K-FAC curvature, see `surgeon.py`); where nothing can make up for it, for written
+            dimensions mean(d^2) mean(y^2) / 2, for attentions and MLPs as a whole tr(mean(d dᵀ) mean(y yᵀ)) / 2, for
+            dimensions of the whole stream the sum of what each reader loses
 magnitude   sum over a group's weights of |W_ij|
 taylor      |g|, g = dL/dm of the group's mask at m = 1, averaged over batches (LLM-Pruner, arXiv 2305.11627)
 taylor2     |mean(g) - mean(g^2) / 2|: the second-order expansion of L(m = 1) - L(m = 0) with the Fisher diagonal in
             place of the Hessian's (LLM-Pruner)
 random      uniform
 
-Weights are read where the masked model applies the mask: the columns of the layer that consumes the group, or the
-rows of the layer that writes it.
+Weights are read at the columns of layers that consume a group, where any do, else at the rows of those that write it.
 """
 
 from collections import Counter
@@ -65,16 +65,22 @@ def surgeon(
     """
     scores: dict[str, Tensor] = {}
     linears = {linear.path: linear for linear in _masked(space)}
-    readers = Counter(linear.cols.set for linear in linears.values() if linear.cols is not None and linear.mask_cols)
+    readers = Counter(linear.cols.set for linear in linears.values() if linear.cols is not None)
     weighed: dict[str, list[Tensor]] = {name: [] for name in readers}
     leaves = [masks[s.name].requires_grad_(True) for s in space.sets]
     for path, found in curvatures({path: modules[path] for path in linears}, loss, leaves, batches):
         linear, weight = linears[path], _weight(modules[path]).to(found.inputs.device)
-        if linear.rows is not None and linear.mask_rows:
+        if linear.switch is not None and linear.mask_switch:
+            loss_of_all = ((weight @ found.inputs @ weight.T) * found.gradients).sum() / 2
+            scores[linear.switch.set] = scores.get(linear.switch.set, torch.zeros(1)) + loss_of_all.cpu()
+        if linear.rows is not None and linear.mask_rows and linear.rows.set not in readers:
             loss_of_row = (weight * (weight @ found.inputs)).sum(1) * found.gradients.diagonal() / 2
             sums = torch.zeros(int(linear.rows.owner.max()) + 1)
             scores[linear.rows.set] = sums.index_add_(0, linear.rows.owner, loss_of_row.cpu())
-        if linear.cols is not None and linear.mask_cols:
+        if linear.cols is not None and linear.cols is space.stream:
+            loss_of_column = (weight * (found.gradients @ weight)).sum(0) * found.inputs.diagonal() / 2
+            scores[linear.cols.set] = scores.get(linear.cols.set, 0.0) + loss_of_column.cpu()
+        elif linear.cols is not None:
             if grams is not None and fits(grams, found.inputs):
                 grams[path] = found.inputs
             name = linear.cols.set  # all that read the same inputs (q, k and v) are one layer here
@@ -122,19 +128,20 @@ def _moments(space: Space, modules: Modules, forward: Callable[[Any], object], b
 
 
 def _masked(space: Space) -> list[PrunableLinear]:
-    return [linear for linear in space.linears if linear.mask_cols or linear.mask_rows]
+    return [one for one in space.linears if one.cols is not None or one.mask_rows or one.mask_switch]
 
 
 def _summed(space: Space, weigh: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """`weigh(path)`, `(out_features, in_features)`, summed over what each group owns where its mask is applied."""
+    """`weigh(path)`, `(out_features, in_features)`, summed over what each group owns."""
     by_input: dict[str, Tensor] = {}
     by_output: dict[str, Tensor] = {}
     sizes = {s.name: s.size for s in space.sets}
     for linear in _masked(space):
         weight = weigh(linear.path)
         for axis, wanted, scores, dim in (
-            (linear.cols, linear.mask_cols, by_input, 0),
+            (linear.cols, True, by_input, 0),
             (linear.rows, linear.mask_rows, by_output, 1),
+            (linear.switch, linear.mask_switch, by_output, 1),
         ):
             if axis is not None and wanted:
                 scores.setdefault(axis.set, torch.zeros(sizes[axis.set])).index_add_(0, axis.owner, weight.sum(dim))

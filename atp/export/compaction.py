@@ -4,7 +4,11 @@ Adapters are merged in float32; rows and columns of pruned groups are left out. 
 path and the LoRA path alike, the result computes what the masked model computes.
 
 A norm over all heads (OLMo 2) divides by the root of sum(x^2) / H. With H' features left, its source is scaled by
-c = sqrt(H'/H) and its weight by 1/c: the root is then unchanged, and so is `eps`.
+c = sqrt(H'/H) and its weight by 1/c: the root is then unchanged, and so is `eps`. Likewise where the residual stream
+itself is cut, for all that is added to it and all that reads it (`structure.stream`).
+
+Where attention or an MLP is switched off its layers are left out, and where both are the whole block: the blocks that
+remain are counted anew.
 
 The live model is left bit for bit as it was. Where parameters are sharded over processes, making a tensor is
 collective. Not covered: DoRA or `lora_bias` on a quantised layer.
@@ -22,6 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
+from atp.export.remaining import Remaining
+from atp.export.stream import stream_cuts
 from atp.layers.compact import is_plain
 from atp.structure.live import active_adapters, base_layer, dequantised_weight, is_quantised
 from atp.structure.sharding import gathered
@@ -51,11 +57,14 @@ class CompactTensors:
         self._source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
         self._dtype = _rest_dtype(lm)
         self._modules = dict(_modules(lm, ""))
+        self._cuts = stream_cuts(lm, space, masks)
         self._selections = _selections(space, kept)
+        new_name = Remaining(space, masks).new_name
         self._owner = {
-            f"{path}.{name}" if path else name: (path, name)
+            new: (path, name)
             for path, module in self._modules.items()
             for name in _names(module)
+            if (new := new_name(f"{path}.{name}" if path else name)) is not None
         }
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 
@@ -93,8 +102,12 @@ class CompactTensors:
             linear, scale = self._linears[path], self._source_scale.get(path, 1.0)
             rows, cols = self._indices(linear.rows), self._indices(linear.cols)
             if is_plain(module):
-                return _scaled(_merged_plain(module, path, rows, cols), scale)
-            return _scaled(_sliced(self._whole(path), rows, cols), scale)
+                own = _scaled(_merged_plain(module, path, rows, cols), scale)
+            else:
+                own = _scaled(_sliced(self._whole(path), rows, cols), scale)
+            return self._cuts[path].scaled(own) if path in self._cuts else own
+        if path in self._cuts:
+            return self._cuts[path].of(self._whole(path))
         if path in self._norms:
             axis = self._norms[path].axis
             return _scaled(_sliced(self._whole(path), self._indices(axis), None), 1.0 / _rms_ratio(axis, self._kept))

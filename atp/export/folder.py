@@ -118,7 +118,8 @@ def _check_decision(space: Space, masks: Mapping[str, Tensor]) -> None:
         mask = masks.get(group_set.name)
         if mask is None or mask.shape != (group_set.size,):
             raise ATPError(f"masks[{group_set.name!r}] must have shape ({group_set.size},): pass the space's decision")
-        if not ((mask == 0) | (mask == 1)).all() or not mask.any():
+        may_be_empty = 0 in group_set.counts
+        if not ((mask == 0) | (mask == 1)).all() or not (mask.any() or may_be_empty):
             raise ATPError(
                 f"masks[{group_set.name!r}] must hold zeros and at least one one: only hard decisions are exported"
             )

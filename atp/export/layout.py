@@ -16,9 +16,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from atp.errors import UnsupportedModelError
 from atp.export import modeling_atp
 from atp.export.compaction import SELECTIONS
+from atp.export.remaining import Remaining, kept_counts
 from atp.structure.discovery import Block, plain_config
+from atp.structure.families import PER_BLOCK_SETTINGS
 from atp.structure.live import base_layer
-from atp.structure.space import KV, MLP, Space
+from atp.structure.space import HIDDEN, KV, MLP, Space
 
 FORMAT = 1
 NOT_CARRIED = ("quantization_config", "auto_map", "architectures")
@@ -32,17 +34,17 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
         UnsupportedModelError: where the model needs a ragged class and its own is not one of transformers'.
     """
     source = _source_config(lm)
-    kept = _kept_counts(space, masks)
     with torch.device("meta"):
         stock = type(lm)(source)
-    if is_plain(space, masks) and not _added_biases(lm, stock, space):
-        attention = space.structure.blocks[0].attention
-        config, model_class = plain_config(source, attention, kept[KV][0], kept[MLP][0]), type(lm)
-        blocks = None
+    added, source = _added_biases(lm, stock, space), _shortened(source, Remaining(space, masks).blocks)
+    hidden_size = _hidden_size(space, masks)
+    if is_plain(space, masks) and not added:
+        config, model_class, blocks = _plain_config(source, space, masks, hidden_size), type(lm), None
     else:
         model_class = _pruned_class(type(lm))
-        config = model_class.config_class.from_dict(source.to_dict())
-        blocks = _blocks(space, kept, _added_biases(lm, stock, space))
+        own = {"hidden_size": hidden_size, "head_dim": space.structure.blocks[0].attention.head_dim}
+        config = model_class.config_class.from_dict(source.to_dict() | (own if space.stream is not None else {}))
+        blocks = _blocks(space, masks, added)
     entry = {"format": FORMAT, "space": space.name, "sparsity": round(space.sparsity(masks), 6)}
     config.atp = entry | ({"blocks": blocks} if blocks else {})
     with torch.device("meta"):
@@ -53,11 +55,34 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
 
 def is_plain(space: Space, masks: Mapping[str, Tensor]) -> bool:
     """Whether the family's own config can say the sizes that `masks` leaves."""
-    if space.name != "width":
+    if space.name == "disp" or Remaining(space, masks).off:
         return False
-    kept = _kept_counts(space, masks)
+    _, kept = kept_counts(space, masks)
     same = all(len(set(counts)) == 1 for counts in kept.values())
-    return same and kept[KV][0] in space.structure.plain_kv_heads
+    return same and (KV not in kept or kept[KV][0] in space.structure.plain_kv_heads)
+
+
+def _plain_config(
+    source: PreTrainedConfig, space: Space, masks: Mapping[str, Tensor], hidden_size: int
+) -> PreTrainedConfig:
+    _, kept = kept_counts(space, masks)
+    block = space.structure.blocks[0]
+    kv_heads = kept[KV][0] if KV in kept else block.attention.num_kv_heads
+    channels = kept[MLP][0] if MLP in kept else block.mlp.intermediate_size
+    return plain_config(source, block.attention, kv_heads, channels, hidden_size)
+
+
+def _hidden_size(space: Space, masks: Mapping[str, Tensor]) -> int:
+    return int(masks[HIDDEN].sum()) if space.stream is not None else space.structure.hidden_size
+
+
+def _shortened(config: PreTrainedConfig, blocks: list[int]) -> PreTrainedConfig:
+    """`config` with these blocks left."""
+    if len(blocks) == config.num_hidden_layers:
+        return config
+    values = config.to_dict()
+    per_block = {name: [values[name][i] for i in blocks] for name in PER_BLOCK_SETTINGS if values.get(name)}
+    return type(config).from_dict(values | {"num_hidden_layers": len(blocks)} | per_block)
 
 
 def _added_biases(lm: PreTrainedModel, stock: PreTrainedModel, space: Space) -> set[str]:
@@ -76,11 +101,6 @@ def _source_config(lm: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def _kept_counts(space: Space, masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Per kind, the kept groups of every block in order."""
-    return {kind: [int(masks[s.name].sum()) for s in space.sets if s.kind == kind] for kind in space.kinds}
-
-
 def _pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     try:
         return getattr(modeling_atp, f"{modeling_atp.PREFIX}{stock.__name__}")
@@ -91,12 +111,12 @@ def _pruned_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         ) from None
 
 
-def _blocks(space: Space, kept: dict[str, list[int]], biases: set[str]) -> dict[str, Any]:
+def _blocks(space: Space, masks: Mapping[str, Tensor], biases: set[str]) -> dict[str, Any]:
     """The table that `modeling_atp` builds from; every block must have the same modules.
 
     A layer with an added bias in one block has it in all: blocks that need none keep zeros.
     """
-    first = space.structure.blocks[0]
+    first, (full, kept) = space.structure.blocks[0], kept_counts(space, masks)
     linears = _linear_owners(space, first)
     biased = sorted(
         {_inside(block, path) for block in space.structure.blocks for path in biases if _is_in(block, path)}
@@ -108,8 +128,8 @@ def _blocks(space: Space, kept: dict[str, list[int]], biases: set[str]) -> dict[
     parts = {"attention": _inside(first, first.attention.path), "mlp": _inside(first, first.mlp.path)}
     return {
         "container": first.path.rsplit(".", 1)[0],
-        "attention": parts["attention"],
-        "full": {kind: [s.size for s in space.sets if s.kind == kind] for kind in space.kinds},
+        **parts,
+        "full": full,
         "kept": kept,
         "linears": linears,
         "biases": biased,
@@ -119,12 +139,13 @@ def _blocks(space: Space, kept: dict[str, list[int]], biases: set[str]) -> dict[
 
 
 def _linear_owners(space: Space, block: Block) -> dict[str, dict[str, str]]:
-    kinds = {s.name: s.kind for s in space.sets}
-    owners = {}
+    kinds = {s.name: s.kind for s in space.sets if s.block is not None}
+    owners: dict[str, dict[str, str]] = {}
     for linear in space.linears:
         if _is_in(block, linear.path):
             sides = {"rows": linear.rows, "cols": linear.cols}
-            owners[_inside(block, linear.path)] = {side: kinds[axis.set] for side, axis in sides.items() if axis}
+            found = {side: kinds[axis.set] for side, axis in sides.items() if axis and axis.set in kinds}
+            owners |= {_inside(block, linear.path): found} if found else {}
     return owners
 
 

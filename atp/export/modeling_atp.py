@@ -7,8 +7,9 @@ folder that no stock class can hold; `trust_remote_code=True` finds it there. Wh
 `LlamaForCausalLM` and `LlamaConfig`. They are made when first asked for, by this module's `__getattr__`.
 
 `config.atp["blocks"]` holds:
-    container: path of the list of blocks.        attention: path of the attention inside a block.
-    full, kept: per kind of group, how many each block had and has: {"kv": [3, 3], "mlp": [96, 96]}.
+    container: path of the list of blocks.        attention, mlp: paths of these inside a block.
+    full, kept: per kind of group, how many each block had and has: {"kv": [3, 3], "mlp": [96, 96]}. Where none of "kv"
+        is left the block has no attention, where none of "mlp" is, no MLP.
     linears: per linear layer, which kind owns its rows (outputs) and its columns (inputs).
     biases: linear layers that have a bias although the family's have none.
     norms: per norm over all heads, the kind that owns its features.
@@ -75,22 +76,31 @@ def resize(model: PreTrainedModel, layout: dict) -> None:
     for index, block in enumerate(model.get_submodule(layout["container"])):
         kept = {kind: counts[index] for kind, counts in layout["kept"].items()}
         full = {kind: counts[index] for kind, counts in layout["full"].items()}
+        gone = [layout[part] for part, kind in (("attention", "kv"), ("mlp", "mlp")) if kept.get(kind) == 0]
+        for path in gone:
+            _leave_out(block, path, index if path == layout["attention"] else None)
 
         def size(features: int, kind: str | None, kept: dict = kept, full: dict = full) -> int:
             return features if kind is None else features // full[kind] * kept[kind]
 
         for path, owner in layout["linears"].items():
+            if _is_inside(path, gone):
+                continue
             linear = block.get_submodule(path)
             _shrink_linear(
                 linear, size(linear.out_features, owner.get("rows")), size(linear.in_features, owner.get("cols"))
             )
         for path in layout.get("biases", ()):
+            if _is_inside(path, gone):
+                continue
             linear = block.get_submodule(path)
             linear.bias = nn.Parameter(torch.zeros(linear.out_features, device=linear.weight.device))
         for path, kind in layout["norms"].items():
+            if _is_inside(path, gone):
+                continue
             norm = block.get_submodule(path)
             norm.weight = nn.Parameter(norm.weight.detach()[: size(len(norm.weight), kind)].clone())
-        if "kv" in full:
+        if kept.get("kv"):
             _set_heads(block.get_submodule(layout["attention"]), full["kv"], kept["kv"])
         for path, (read, written) in layout["selections"].items():
             _select_residual(block.get_submodule(path), kept[read], kept[written], full[written])
@@ -103,6 +113,37 @@ def _shrink_linear(linear: nn.Linear, out_features: int, in_features: int) -> No
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach()[:out_features].clone())
     linear.out_features, linear.in_features = out_features, in_features
+
+
+class LeftOut(nn.Module):
+    """In place of an attention or an MLP that is gone: it writes nothing.
+
+    An attention keeps its place in a cache, one number a token, so that positions and masks are what they were.
+    """
+
+    def __init__(self, cache_index: int | None) -> None:
+        super().__init__()
+        self.cache_index = cache_index
+
+    def forward(self, hidden_states: Tensor, *_args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+        """Zeros like `hidden_states`, `(rows, tokens, hidden_size)`."""
+        written = hidden_states.new_zeros(hidden_states.shape)
+        if self.cache_index is None:
+            return written
+        for name in ("past_key_values", "layer_past"):
+            if kwargs.get(name) is not None:
+                place = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+                kwargs[name].update(place, place, self.cache_index)
+        return written, None
+
+
+def _leave_out(block: nn.Module, path: str, cache_index: int | None) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(block.get_submodule(parent), name, LeftOut(cache_index))
+
+
+def _is_inside(path: str, parents: list[str]) -> bool:
+    return any(path.startswith(f"{parent}.") for parent in parents)
 
 
 class _BlockConfig:

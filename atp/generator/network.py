@@ -1,9 +1,9 @@
 """The pruning-decision generator: learned block embeddings -> Transformer encoder -> logits for every group.
 
 ATP (arXiv 2412.14426) section 3.2: E in R^(L x d) passes a Transformer encoder and a LayerNorm; one projection per
-group kind, shared by all blocks, gives the logits. float32 whatever the model's dtype. On top of the paper's form
-each set has a constant `start`: b for every group when starting from all ones, or graded logits that reproduce a
-criterion's decision, which the network then refines.
+group kind, shared by all blocks, gives the logits; groups of the whole model take the mean over blocks. float32
+whatever the model's dtype. On top of the paper's form each set has a constant `start`: b for every group when starting
+from all ones, or graded logits that reproduce a criterion's decision, which the network then refines.
 """
 
 import torch
@@ -46,7 +46,7 @@ class DecisionGenerator(nn.Module):
         """Logits per group set, `(size,)`."""
         states = self.norm(self.encoder(self.blocks.unsqueeze(0)).squeeze(0))
         emitted = {name: head(states) for name, head in self.heads.items()}
-        return {s.name: emitted[_head(s)][s.block] + self.start[_key(s)] for s in self._sets}
+        return {s.name: _of_block(emitted[_head(s)], s.block) + self.start[_key(s)] for s in self._sets}
 
 
 class FreeLogits(nn.Module):
@@ -66,6 +66,11 @@ class FreeLogits(nn.Module):
     def forward(self) -> dict[str, Tensor]:
         """Logits per group set, `(size,)`; tensors of their own."""
         return {s.name: self.logits[_key(s)].clone() for s in self._sets}
+
+
+def _of_block(emitted: Tensor, block: int | None) -> Tensor:
+    """A block's row of `(blocks, size)`, or the mean of all."""
+    return emitted.mean(0) if block is None else emitted[block]
 
 
 def _small_linear(in_features: int, out_features: int) -> nn.Linear:

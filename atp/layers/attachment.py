@@ -13,7 +13,8 @@ from atp.errors import ATPError, UnsupportedModelError
 from atp.layers.compact import CompactLinear, compacted, copies_fit, is_plain
 from atp.layers.fused import KINDS, FusedMasks, fuse, fused_masks, is_fusable, unfuse
 from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_linear, masks_of, unmask_linear
-from atp.layers.shared import Shared, shared_by_set
+from atp.layers.shared import Shared, shared_inputs
+from atp.layers.skipping import Halves
 from atp.layers.swapping import has_own_forward
 from atp.ops.selection import Selection
 from atp.structure.live import base_layer, causal_lm
@@ -42,6 +43,9 @@ class Attachment:
         self.modules = {linear.path: self.lm.get_submodule(linear.path) for linear in space.linears}
         device = device_of(next(iter(self.modules.values())))
         self.masks: dict[str, Tensor] = {s.name: torch.ones(s.size, device=device) for s in space.sets}
+        opens = None if space.stream is None else self.lm.get_submodule(space.structure.stream.embedding)
+        self._embedding: nn.Module | None = opens
+        self._halves = Halves(space, self.lm)
         self.is_compact = self._lasting = False
         self._adapters_fused = False
         self._blocks: dict[int, nn.Module] = {}
@@ -105,14 +109,21 @@ class Attachment:
             return False
         fused = {name for sets in self._fused_sets().values() for name in sets.values()}
         self._lasting = final and self._copies_fit()
-        for path, compact in compacted(self.space, self.lm, self.decision(), fused, self._lasting).items():
-            mask_linear(self.modules[path], LinearMasks(None, None, compact))
+        decision = self.decision()
+        for path, compact in compacted(self.space, self.lm, decision, fused, self._lasting).items():
+            switch = masks_of(self.modules[path]).switch if is_masked(self.modules[path]) else None
+            mask_linear(self.modules[path], LinearMasks(None, None, compact, switch))
         for index, sets in self._fused_sets().items():
             keep = {kind: self.masks[name] > 0 for kind, name in sets.items() if kind != MLP}
             kept = {kind: Selection.of(chosen) for kind, chosen in keep.items() if not chosen.all()}
             fuse(self._blocks[index], FusedMasks({}, kept, self._impl))
+        self._halves.skip(self._halves.off(decision))
         self.is_compact = True
         return True
+
+    def switched_off(self) -> set[str]:
+        """Paths of attentions and MLPs that the masks switch off as a whole."""
+        return self._halves.off(self.masks)
 
     def _copies_fit(self) -> bool:
         device = next(iter(self.masks.values())).device
@@ -150,27 +161,34 @@ class Attachment:
         Of a block that is fused (see `plainly`) all layers or none.
         """
         modules = {path: self.modules[path] for path in (self.modules if paths is None else paths)}
-        masked = {path: masks_of(module) for path, module in modules.items() if is_masked(module)}
+        if paths is None and self._embedding is not None:
+            modules[self.space.structure.stream.embedding] = self._embedding
+        masked = {module: masks_of(module) for module in modules.values() if is_masked(module)}
         blocks = {block.index: block.path for block in self.space.structure.blocks if block.index in self._blocks}
         holding = [i for i, path in blocks.items() if any(p.startswith(f"{path}.") for p in modules)]
         fused = {self._blocks[index]: fused_masks(self._blocks[index]) for index in holding}
-        for path in masked:
-            unmask_linear(self.modules[path])
+        for module in masked:
+            unmask_linear(module)
+        skipped = self._halves.restore(modules)
         for block in fused:
             unfuse(block)
         try:
             yield
         finally:
-            for path, masks in masked.items():
-                mask_linear(self.modules[path], masks)
+            for module, masks in masked.items():
+                mask_linear(module, masks)
             for block, masks_of_block in fused.items():
                 fuse(block, masks_of_block)
+            self._halves.skip(skipped)
 
     def remove(self) -> None:
         """Give every layer its own class back."""
         for module in self.modules.values():
             if is_masked(module):
                 unmask_linear(module)
+        if self._embedding is not None:
+            unmask_linear(self._embedding)
+        self._halves.restore()
         for block in self._blocks.values():
             unfuse(block)
         for name in _UNLOADING if self._guarded is not None else ():
@@ -179,18 +197,22 @@ class Attachment:
     def _put_masks(self) -> None:
         fused = self._fused_sets()
         elsewhere = {name for sets in fused.values() for name in sets.values()}
-        shared = shared_by_set(self.space)
+        shared = shared_inputs(self.space)
         for linear in self.space.linears:
             module = self.modules[linear.path]
             masks = LinearMasks(
-                self._axis(linear.cols, shared, elsewhere) if linear.mask_cols else None,
-                self._axis(linear.rows, {}, elsewhere) if linear.mask_rows else None,
+                self._axis(linear.cols, elsewhere, shared.get(linear.path)) if linear.mask_cols else None,
+                self._axis(linear.rows, elsewhere) if linear.mask_rows else None,
                 CompactLinear() if self._adapters_fused and isinstance(module, LoraLinear) else None,
+                self._axis(linear.switch, elsewhere) if linear.mask_switch else None,
             )
-            if masks.inputs or masks.outputs or masks.arithmetic:
+            if masks.inputs or masks.outputs or masks.arithmetic or masks.switch:
                 mask_linear(module, masks)
             elif is_masked(module):
                 unmask_linear(module)
+        if self._embedding is not None:
+            mask_linear(self._embedding, LinearMasks(None, self._axis(self.space.stream, ())))
+        self._halves.restore()
         for index, sets in fused.items():
             leaves = {kind: self.masks[name] for kind, name in sets.items()}
             fuse(self._blocks[index], FusedMasks(leaves, {}, self._impl))
@@ -200,14 +222,14 @@ class Attachment:
         """Names of the group sets that fused blocks take care of, by block and kind."""
         found: dict[int, dict[str, str]] = {index: {} for index in self._blocks}
         for s in self.space.sets:
-            if s.block in found and s.kind in KINDS:
+            if s.block is not None and s.block in found and s.kind in KINDS:
                 found[s.block][s.kind] = s.name
         return found
 
-    def _axis(self, axis: Axis | None, shared: Mapping[str, Shared], elsewhere: Container[str]) -> AxisMask | None:
+    def _axis(self, axis: Axis | None, elsewhere: Container[str], shared: Shared | None = None) -> AxisMask | None:
         if axis is None or axis.set in elsewhere:
             return None
-        return AxisMask.of(axis, self.masks[axis.set], shared.get(axis.set))
+        return AxisMask.of(axis, self.masks[axis.set], shared)
 
 
 def _refuse_unloading(*_args: object, **_kwargs: object) -> NoReturn:

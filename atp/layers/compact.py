@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from atp.errors import UnsupportedModelError
-from atp.layers.shared import Shared, shared_by_set
+from atp.layers.shared import Shared, shared_inputs
 from atp.layers.swapping import own_class
 from atp.ops import Weight, frozen_linear, gather_features, lora_linear, scatter_features
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.sharding import is_ordinary, is_sharded
-from atp.structure.space import KV, Axis, Space
+from atp.structure.space import KV, MLP, Axis, Space
 
 WORTH_MOVING = 0.8
 """Residual dimensions are gathered and scattered where no more than this share of them stays."""
@@ -201,11 +201,12 @@ def compacted(
         fused: sets that blocks take care of: kept features are all that their layers are given and give.
         lasting: whether one copy of what is kept serves all calls.
     """
-    passed_on, shared = _passed_on(space, lm) | fused, shared_by_set(space)
+    passed_on, shared = _passed_on(space, lm) | fused, shared_inputs(space)
     found = {}
     for layer in space.linears:
         weight = base_layer(lm.get_submodule(layer.path)).weight
-        inputs, outputs = (_side(axis, masks, passed_on, shared, weight.device) for axis in (layer.cols, layer.rows))
+        inputs = _side(layer.cols, masks, passed_on, weight.device, shared.get(layer.path))
+        outputs = _side(layer.rows, masks, passed_on, weight.device)
         if inputs is not None or outputs is not None:
             passing = is_sharded(weight)
             found[layer.path] = CompactLinear(inputs, outputs, lasting and not passing, passing)
@@ -249,21 +250,22 @@ def _passed_on(space: Space, lm: nn.Module) -> set[str]:
     into one (and split by head counts), or the module keeps head counts of its own.
     """
     made = Counter(layer.rows.set for layer in space.linears if layer.rows is not None)
-    read = {layer.cols.set for layer in space.linears if layer.cols is not None}
     fixed = {norm.axis.set for norm in space.norms}
+    inside = {s.name for s in space.sets if s.kind == MLP and s.name in made}
     for s in space.sets:
-        attention = lm.get_submodule(space.structure.blocks[s.block].attention.path)
-        if s.kind == KV and (made[s.name] < _SEPARATE_READERS or _HEAD_COUNTS & vars(attention).keys()):
-            fixed.add(s.name)
-    return (read & made.keys()) - fixed
+        if s.kind == KV and s.block is not None:
+            attention = lm.get_submodule(space.structure.blocks[s.block].attention.path)
+            if made[s.name] >= _SEPARATE_READERS and not _HEAD_COUNTS & vars(attention).keys():
+                inside.add(s.name)
+    return inside - fixed
 
 
 def _side(
     axis: Axis | None,
     masks: Mapping[str, Tensor],
     passed_on: set[str],
-    shared: Mapping[str, Shared],
     device: torch.device,
+    shared: Shared | None = None,
 ) -> Side | None:
     """The kept features of `axis`, or None where all are."""
     if axis is None or (masks[axis.set] > 0).all():
@@ -272,7 +274,7 @@ def _side(
     inside = axis.set in passed_on
     leave_out = inside or keep.float().mean() <= WORTH_MOVING
     index = torch.nonzero(keep).flatten().to(device) if leave_out else None
-    return Side(keep.to(device), index, inside, shared.get(axis.set, Shared()))
+    return Side(keep.to(device), index, inside, shared or Shared())
 
 
 def _is_looked_into(module: Any) -> bool:

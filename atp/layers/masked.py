@@ -38,21 +38,24 @@ class AxisMask:
         return self.shared.of(x, self._times, (self.leaf._version, self.leaf.requires_grad))
 
     def _times(self, x: Tensor) -> Tensor:
-        mask = self.leaf if self.owner is None else self.leaf[self.owner]
+        alone = self.owner is None or len(self.leaf) == 1
+        mask = self.leaf if alone else self.leaf[self.owner]
         return x * mask.to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class LinearMasks:
-    """The masks of one linear layer; either side may be absent.
+    """The masks of one linear layer (or, of outputs, of an embedding); any may be absent.
 
     Attributes:
         arithmetic: what computes the layer in place of its own `forward`, where there is one.
+        switch: of all outputs at once.
     """
 
     inputs: AxisMask | None
     outputs: AxisMask | None
     arithmetic: CompactLinear | None = None
+    switch: AxisMask | None = None
 
 
 def mask_linear(module: nn.Module, masks: LinearMasks) -> None:
@@ -92,7 +95,8 @@ def _masked_forward(cls: type[nn.Module]) -> Callable:
             y = masks.arithmetic.forward(self, x)
         else:
             y = cls.forward(self, x, *args, **kwargs)
-        return y if masks.outputs is None else masks.outputs.apply(y)
+        y = y if masks.outputs is None else masks.outputs.apply(y)
+        return y if masks.switch is None else masks.switch.apply(y)
 
     return forward
 

@@ -41,7 +41,9 @@ class Shared:
         return last.y
 
 
-def shared_by_set(space: Space) -> dict[str, Shared]:
-    """For the layers whose inputs a group set owns, by its name."""
-    readers = Counter(layer.cols.set for layer in space.linears if layer.cols is not None)
-    return {name: Shared(count) for name, count in readers.items()}
+def shared_inputs(space: Space) -> dict[str, Shared]:
+    """By path of a layer whose inputs a group set owns: one for the layers that read the same in the same half."""
+    halves = {layer.path: (layer.cols.set, layer.path.rpartition(".")[0]) for layer in space.linears if layer.cols}
+    readers = Counter(halves.values())
+    shared = {half: Shared(count) for half, count in readers.items()}
+    return {path: shared[half] for path, half in halves.items()}

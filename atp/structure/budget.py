@@ -1,9 +1,9 @@
 """The budget: scores in, the best 0/1 decision that meets an asked sparsity exactly out.
 
 Groups are kept in the order of their scores until the parameters are spent; what is left over is filled with the best
-groups that still fit; where coarse steps still leave a gap, kinds are traded until it closes. The kept parameters
-never exceed the target. Kept counts respect every set's allowed counts (rounding), and with `uniform` every block
-takes the same count per kind while choosing its own groups.
+groups that still fit; where coarse steps still leave a gap that MLP channels can fill, kinds are traded until it
+closes. The kept parameters never exceed the target. Kept counts respect every set's allowed counts (rounding), and with
+`uniform` every block takes the same count of heads and channels while choosing its own.
 """
 
 import heapq
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from atp.errors import BudgetError
-from atp.structure.space import MLP, Space
+from atp.structure.space import KV, MLP, Space
 
 TOLERANCE = 0.002
 """|achieved - asked| that counts as met: 0.2 % of the prunable parameters."""
@@ -66,7 +66,7 @@ def target_parameters(space: Space, sparsity: float) -> float:
         reach = 1.0 - least / space.prunable_parameters
         raise BudgetError(
             f"sparsity={sparsity} cannot be reached in space {space.name!r}"
-            f"{' with uniform widths' if space.uniform else ''}: the smallest allowed widths remove {reach:.4f}; "
+            f"{' with uniform widths' if space.uniform else ''}: the smallest allowed counts remove {reach:.4f}; "
             "ask for less, lower round_to, or use another space"
         )
     return target
@@ -78,7 +78,7 @@ def budget_note(space: Space, masks: Mapping[str, Tensor], sparsity: float) -> s
     if abs(achieved - sparsity) <= TOLERANCE:
         return None
     return (
-        f"sparsity {sparsity:.4f} is not reachable exactly with these widths"
+        f"sparsity {sparsity:.4f} is not reachable exactly with these groups"
         f"{' (uniform)' if space.uniform else ''}: taking {achieved:.4f}, the closest that is not larger a model"
     )
 
@@ -86,7 +86,8 @@ def budget_note(space: Space, masks: Mapping[str, Tensor], sparsity: float) -> s
 def _columns(space: Space, ordered: list[Tensor]) -> list[_Column]:
     ties: dict[object, list[int]] = {}
     for index, group_set in enumerate(space.sets):
-        key = (group_set.kind, group_set.size) if space.uniform else index
+        tied = space.uniform and group_set.kind in (KV, MLP)
+        key = (group_set.kind, group_set.size) if tied else index
         ties.setdefault(key, []).append(index)
     columns = []
     for members in ties.values():
@@ -116,7 +117,8 @@ def _choose(space: Space, columns: list[_Column], target: float) -> Tensor:
             high = middle - 1
     everywhere = range(len(columns))
     steps = _fill(space, columns, everywhere, steps_after(low), target)
-    if target - _spent(space, columns, steps) > TOLERANCE * space.prunable_parameters:
+    gap = target - _spent(space, columns, steps)
+    if MLP in space.kinds and gap > TOLERANCE * space.prunable_parameters:
         steps = _trade(space, columns, steps, target)
     return _kept(space, columns, steps)
 

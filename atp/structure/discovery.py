@@ -26,6 +26,7 @@ from atp.structure.families import (
 )
 from atp.structure.live import base_layer, causal_lm
 from atp.structure.sharding import shape_of
+from atp.structure.stream import Stream, find_stream
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Structure:
     hidden_size: int
     blocks: tuple[Block, ...]
     plain_kv_heads: tuple[int, ...]
+    stream: Stream
 
     @property
     def prunable_parameters(self) -> int:
@@ -135,11 +137,17 @@ def discover(model: nn.Module) -> Structure:
         hidden_size=config.hidden_size,
         blocks=blocks,
         plain_kv_heads=_plain_kv_heads(config, blocks),
+        stream=find_stream(lm, [(b.path, b.attention.path, b.mlp.path) for b in blocks], _hidden_step(config, blocks)),
     )
 
 
-def plain_config(config: PretrainedConfig, attention: Attention, kv_heads: int, channels: int) -> PretrainedConfig:
+def plain_config(
+    config: PretrainedConfig, attention: Attention, kv_heads: int, channels: int, hidden_size: int | None = None
+) -> PretrainedConfig:
     """`config` with `kv_heads` KV heads and `channels` MLP channels in every block, in the family's own fields.
+
+    Args:
+        hidden_size: of the residual stream; None leaves it.
 
     Raises:
         ValueError: where the family's own validation refuses these sizes.
@@ -149,6 +157,7 @@ def plain_config(config: PretrainedConfig, attention: Attention, kv_heads: int, 
         "num_key_value_heads": kv_heads,
         "head_dim": attention.head_dim,
         "intermediate_size": channels,
+        "hidden_size": config.hidden_size if hidden_size is None else hidden_size,
     }
     # Gemma 3 halves the sliding window of bidirectional models on every construction; `to_dict` undoes it.
     return type(config).from_dict(values)
@@ -299,6 +308,20 @@ def _mlp(readers: list[Linear], writer: Linear, hidden_size: int) -> MLP:
     if writer.out_features != hidden_size:
         raise UnsupportedModelError(f"{writer.path}: writes {writer.out_features} dimensions, not {hidden_size}")
     return MLP(path, tuple(readers), writer, size)
+
+
+def _hidden_step(config: PretrainedConfig, blocks: tuple[Block, ...]) -> int:
+    """What the width of the residual stream may be a multiple of, by asking the family's own config; 0: of itself."""
+    attention, channels = blocks[0].attention, blocks[0].mlp.intermediate_size
+    if config.model_type in DERIVED_HEAD_SIZE:
+        return 0
+    for step in (1, attention.num_heads):
+        try:
+            plain_config(config, attention, attention.num_kv_heads, channels, config.hidden_size - step)
+        except Exception:  # whatever the family's validation raises, this size is refused
+            continue
+        return step
+    return 0
 
 
 def _plain_kv_heads(config: PretrainedConfig, blocks: tuple[Block, ...]) -> tuple[int, ...]:

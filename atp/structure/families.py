@@ -58,3 +58,15 @@ PLANS = {"stablelm": _LLAMA_LIKE}
 
 DERIVED_HEAD_SIZE = {"gpt_neox", "stablelm"}
 """Families whose head size is hidden_size / heads, whatever `head_dim` says: their configs cannot say fewer heads."""
+
+NORMS_BEFORE = {"input_layernorm", "pre_feedforward_layernorm"}
+"""Norms of a block that read the residual stream for attention or the MLP."""
+
+NORMS_WRITING = {"post_feedforward_layernorm"}
+"""Norms between a writer and the residual stream."""
+
+NORMS_EITHER = {"post_attention_layernorm"}
+"""Of the second kind where the block has another of them (Gemma 2 and 3, OLMo 2), else of the first (Llama)."""
+
+PER_BLOCK_SETTINGS = ("layer_types", "no_rope_layers")
+"""Entries of configs that are a list with one value a block."""

@@ -1,12 +1,17 @@
 """Spaces: which groups of coupled dimensions may be pruned, and exactly how many parameters each decision keeps.
 
-`width`  (LLM-Pruner's and ATP's head and channel groups): per block, KV groups and MLP channels.
-`disp`   (DISP-LLM, arXiv 2410.11988): per block, residual dimensions read by attention (S1), written by attention
-         (S2), read by the MLP (S3), written by the MLP (S5), and MLP channels (S4).
+`width`   (LLM-Pruner's and ATP's head and channel groups): per block, KV groups and MLP channels.
+`disp`    (DISP-LLM, arXiv 2410.11988): per block, residual dimensions read by attention (S1), written by attention
+          (S2), read by the MLP (S3), written by the MLP (S5), and MLP channels (S4).
+`hidden`  (Minitron's embedding channels, arXiv 2407.14679): residual dimensions, one selection for the whole model.
+`depth`   (as in LLM-Drop, arXiv 2406.15786): per block, attention and MLP as a whole; `uniform`: both together.
 
-A space is a table. Each *group set* is one vector of groups of one block, such as the MLP channels of block 3; a
-decision gives each set a 0/1 mask of shape `(size,)`, keyed by the set's name. Each linear layer says which sets own
-its rows and its columns; its kept parameters are kept rows x kept columns, so counts are exact in either space.
+`width`, `hidden` and `depth` combine: `width+depth`.
+
+A space is a table. Each *group set* is one vector of groups, such as the MLP channels of block 3; a decision gives
+each set a 0/1 mask of shape `(size,)`, keyed by the set's name. Each linear layer says which sets own its rows and its
+columns, and which switch it is under; it keeps kept rows x kept columns of its parameters, or none where the switch is
+off, so counts are exact in every space.
 """
 
 from collections.abc import Mapping
@@ -16,20 +21,26 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from atp.errors import ConfigError, UnsupportedModelError
-from atp.structure.discovery import Attention, Block, Linear, Structure
+from atp.structure.discovery import Structure
 
 KV, MLP = "kv", "mlp"
 ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT = "attention_in", "attention_out", "mlp_in", "mlp_out"
-KINDS = {"width": (KV, MLP), "disp": (ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MLP)}
+HIDDEN = "hidden"
+WHOLE_BLOCK, WHOLE_ATTENTION, WHOLE_MLP = "whole_block", "whole_attention", "whole_mlp"
+KINDS = (
+    *(HIDDEN, WHOLE_BLOCK, WHOLE_ATTENTION, WHOLE_MLP),
+    *(KV, ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MLP),
+)
+SWITCHES = (WHOLE_BLOCK, WHOLE_ATTENTION, WHOLE_MLP)
+"""Kinds of set that hold one group, which is a half of a block or all of it."""
 
 
 @dataclass(frozen=True)
 class GroupSet:
-    """Groups of one kind in one block. `counts`: the kept counts it may take, ascending; the last is `size`."""
+    """Groups of one kind in one block, or in all. `counts`: kept counts it may take, ascending; the last is `size`."""
 
     name: str
-    block: int
+    block: int | None
     kind: str
     size: int
     counts: tuple[int, ...]
@@ -55,6 +66,7 @@ class PrunableLinear:
 
     `mask_rows`, `mask_cols`: whether the masked model multiplies that side. Rows whose consumer is masked anyway
     need no mask of their own; they are removed at export all the same.
+    `switch`: the set that owns all of its outputs, whose mask a writer's outputs are multiplied by.
     """
 
     path: str
@@ -64,6 +76,8 @@ class PrunableLinear:
     cols: Axis | None = None
     mask_rows: bool = False
     mask_cols: bool = False
+    switch: Axis | None = None
+    mask_switch: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +91,10 @@ class SpanningNorm:
 
 @dataclass(frozen=True, eq=False)
 class Space:
-    """The table of one model in one space."""
+    """The table of one model in one space.
+
+    `stream`: in `hidden`, the residual stream, which the embedding's outputs are masked along too.
+    """
 
     name: str
     structure: Structure
@@ -85,12 +102,13 @@ class Space:
     sets: tuple[GroupSet, ...]
     linears: tuple[PrunableLinear, ...]
     norms: tuple[SpanningNorm, ...] = field(default=())
+    stream: Axis | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of group that this space really has, in order."""
         present = {s.kind for s in self.sets}
-        return tuple(kind for kind in KINDS[self.name] if kind in present)
+        return tuple(kind for kind in KINDS if kind in present)
 
     @property
     def prunable_parameters(self) -> int:
@@ -108,7 +126,8 @@ class Space:
         """
         table = self._count_table
         counts = torch.cat([kept.double().cpu(), torch.ones(1, dtype=torch.float64)])
-        return ((counts[table.row_set] * table.row_units) * (counts[table.col_set] * table.col_units)).sum()
+        rows, cols = counts[table.row_set] * table.row_units, counts[table.col_set] * table.col_units
+        return (rows * cols * counts[table.switch]).sum()
 
     def kept_counts(self, masks: Mapping[str, Tensor]) -> Tensor:
         """Kept groups of every set, shape `(sets,)`; differentiable in the masks."""
@@ -118,9 +137,22 @@ class Space:
         """Share of prunable parameters that `masks` removes."""
         return 1.0 - self.kept_parameters(self.kept_counts(masks)).item() / self.prunable_parameters
 
+    def in_effect(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same decision with nothing kept inside what is switched off; where nothing can be, `masks` itself."""
+        effect = dict(masks)
+        for linear in self.linears:
+            if linear.switch is not None and not masks[linear.switch.set].any():
+                inside = {axis.set for axis in (linear.rows, linear.cols) if axis is not None}
+                effect |= {name: torch.zeros_like(masks[name]) for name in inside & self._in_blocks}
+        return effect
+
+    @cached_property
+    def _in_blocks(self) -> set[str]:
+        return {s.name for s in self.sets if s.block is not None}
+
     def kept_share(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
         """Share of groups kept, per kind."""
-        shares = {}
+        masks, shares = self.in_effect(masks), {}
         for kind in self.kinds:
             members = [masks[s.name] for s in self.sets if s.kind == kind]
             shares[kind] = sum(m.sum().item() for m in members) / sum(len(m) for m in members)
@@ -144,6 +176,7 @@ class Space:
             row_units=torch.tensor([r[1] for r in rows], dtype=torch.float64),
             col_set=torch.tensor([c[0] for c in cols]),
             col_units=torch.tensor([c[1] for c in cols], dtype=torch.float64),
+            switch=torch.tensor([constant if one.switch is None else index[one.switch.set] for one in self.linears]),
         )
 
 
@@ -153,161 +186,8 @@ class _CountTable:
     row_units: Tensor
     col_set: Tensor
     col_units: Tensor
+    switch: Tensor
 
 
 def _side(axis: Axis | None, features: int, index: Mapping[str, int], constant: int) -> tuple[int, int]:
     return (constant, features) if axis is None else (index[axis.set], axis.units)
-
-
-def build_space(structure: Structure, name: str, uniform: bool = False, round_to: int | None = None) -> Space:
-    """The table of groups of `structure` in space `name`.
-
-    Args:
-        uniform: all blocks get the same widths, and only widths that the family's own config can express.
-        round_to: kept counts of dimensions and channels are multiples of this; `None` takes `default_round_to`.
-            KV groups are whole heads already and are not rounded further.
-
-    Raises:
-        ConfigError: where `round_to` is larger than the widths it should divide.
-        UnsupportedModelError: where `uniform` is asked of a model whose blocks differ.
-    """
-    if name not in KINDS:
-        raise ConfigError(f"space={name!r} is unknown: it must be one of {', '.join(KINDS)}")
-    if uniform and not structure.plain_kv_heads:
-        raise UnsupportedModelError(
-            f"uniform=True: the {structure.model_type} config cannot express equal widths for these blocks: "
-            "use uniform=False"
-        )
-    build = {"width": _width_block, "disp": _disp_block}[name]
-    sets: list[GroupSet] = []
-    linears: list[PrunableLinear] = []
-    norms: list[SpanningNorm] = []
-    for block in structure.blocks:
-        axes = _Axes(structure, block, uniform, round_to)
-        linears += build(block, axes)
-        norms += _norms(block, axes) if name == "width" else []
-        sets += [axes.sets[kind] for kind in KINDS[name] if kind in axes.sets]
-    return Space(name, structure, uniform, tuple(sets), tuple(linears), tuple(norms))
-
-
-def default_round_to(size: int) -> int:
-    """Multiples that matrix hardware likes, by width alone, so that every device gives the same model.
-
-    128 from 8,192 on, 64 from 2,048 on, else 1: rounding a narrow model costs more quality than it gains speed.
-    """
-    if size >= 8192:
-        return 128
-    return 64 if size >= 2048 else 1
-
-
-class _Axes:
-    """The axes of one block, making each group set the first time it is asked for."""
-
-    def __init__(self, structure: Structure, block: Block, uniform: bool, round_to: int | None) -> None:
-        self.sets: dict[str, GroupSet] = {}
-        self._structure, self._block = structure, block
-        self._uniform, self._round_to = uniform, round_to
-
-    def residual(self, kind: str) -> Axis:
-        size = self._structure.hidden_size
-        return Axis(self._set(kind, size, self._multiples(kind, size)), torch.arange(size), 1)
-
-    def channels(self, times: int = 1) -> Axis:
-        size = self._block.mlp.intermediate_size
-        owner = torch.arange(size).repeat(times)
-        return Axis(self._set(MLP, size, self._multiples(MLP, size)), owner, times)
-
-    def heads(self, linear: Linear) -> Axis:
-        """Rows of a query/key/value projection, or columns of the attention writer (`packs` empty)."""
-        attention = self._block.attention
-        size = attention.num_kv_heads
-        plain = self._structure.plain_kv_heads
-        counts = plain if self._uniform else tuple(range(1, size + 1))
-        owner = _head_owner(attention, linear)
-        return Axis(self._set(KV, size, counts), owner, len(owner) // size)
-
-    def _set(self, kind: str, size: int, counts: tuple[int, ...]) -> str:
-        name = f"{self._block.index}.{kind}"
-        self.sets.setdefault(kind, GroupSet(name, self._block.index, kind, size, counts))
-        return name
-
-    def _multiples(self, kind: str, size: int) -> tuple[int, ...]:
-        step = self._round_to or default_round_to(size)
-        if step > size:
-            raise ConfigError(
-                f"round_to={step} is larger than the {size} {kind} groups of block {self._block.index}: lower it"
-            )
-        return tuple(sorted({*range(step, size + 1, step), size}))
-
-
-def _head_owner(attention: Attention, linear: Linear) -> Tensor:
-    """KV group of every row of `linear` (or of every column of the writer)."""
-    groups, head_dim = attention.num_kv_heads, attention.head_dim
-    per_group = {"q": attention.queries_per_group * head_dim, "k": head_dim, "v": head_dim}
-    packs = linear.packs or ("q",)
-    if linear.interleaved:
-        return torch.arange(groups).repeat_interleave(sum(per_group[part] for part in packs))
-    return torch.cat([torch.arange(groups).repeat_interleave(per_group[part]) for part in packs])
-
-
-def _width_block(block: Block, axes: _Axes) -> list[PrunableLinear]:
-    attention, mlp = block.attention, block.mlp
-    normed = {norm.source for norm in attention.spanning_norms}
-    return [
-        *(
-            PrunableLinear(
-                r.path, r.out_features, r.in_features, rows=axes.heads(r), mask_rows=bool(normed & set(r.packs))
-            )
-            for r in attention.readers
-        ),
-        _linear(attention.writer, cols=axes.heads(attention.writer)),
-        *(PrunableLinear(r.path, r.out_features, r.in_features, rows=axes.channels(len(r.packs))) for r in mlp.readers),
-        _linear(mlp.writer, cols=axes.channels()),
-    ]
-
-
-def _disp_block(block: Block, axes: _Axes) -> list[PrunableLinear]:
-    attention, mlp = block.attention, block.mlp
-    mlp_writer = PrunableLinear(
-        mlp.writer.path,
-        mlp.writer.out_features,
-        mlp.writer.in_features,
-        rows=axes.residual(MLP_OUT),
-        cols=axes.channels(),
-        mask_rows=True,
-        mask_cols=True,
-    )
-    return [
-        *(_linear(r, cols=axes.residual(ATTENTION_IN)) for r in attention.readers),
-        PrunableLinear(
-            attention.writer.path,
-            attention.writer.out_features,
-            attention.writer.in_features,
-            rows=axes.residual(ATTENTION_OUT),
-            mask_rows=True,
-        ),
-        *(
-            PrunableLinear(
-                r.path,
-                r.out_features,
-                r.in_features,
-                rows=axes.channels(len(r.packs)),
-                cols=axes.residual(MLP_IN),
-                mask_cols=True,
-            )
-            for r in mlp.readers
-        ),
-        mlp_writer,
-    ]
-
-
-def _linear(linear: Linear, cols: Axis) -> PrunableLinear:
-    return PrunableLinear(linear.path, linear.out_features, linear.in_features, cols=cols, mask_cols=True)
-
-
-def _norms(block: Block, axes: _Axes) -> list[SpanningNorm]:
-    by_part = {part: reader for reader in block.attention.readers for part in reader.packs}
-    return [
-        SpanningNorm(norm.path, by_part[norm.source].path, axes.heads(by_part[norm.source]))
-        for norm in block.attention.spanning_norms
-    ]

@@ -9,8 +9,8 @@ from atp.criteria.statistics import curvatures
 from atp.criteria.surgeon import refitted, removal_costs
 from atp.layers import attach
 from atp.structure.budget import project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families, tiny
 
 IDS = torch.randint(2, 384, (3, 10), generator=torch.Generator().manual_seed(0))

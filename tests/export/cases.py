@@ -12,11 +12,23 @@ from transformers import PreTrainedModel
 from atp.export import export, load
 from atp.layers import attach, attachment_of
 from atp.structure.budget import project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import Space, build_space
+from atp.structure.space import Space
 from tests import families
 
-SPACES = {"width": ("width", False), "uniform": ("width", True), "disp": ("disp", False)}
+SPACES = {
+    "width": ("width", False),
+    "uniform": ("width", True),
+    "disp": ("disp", False),
+    "hidden": ("hidden", False),
+    "depth": ("depth", False),
+    "blocks": ("depth", True),
+    "all": ("width+hidden+depth", False),
+}
+LAYER_NORMS = ("starcoder2", "stablelm", "gpt_neox", "gpt_neox_serial")
+"""Families whose residual stream cannot be cut."""
+CASES = [(f, s) for f in families.FAMILIES for s in SPACES if f not in LAYER_NORMS or "hidden" not in SPACES[s][0]]
 SPARSITY = 0.4
 FOLDERS = TemporaryDirectory(prefix="atp-test-")
 """Removed when the process ends."""

@@ -8,13 +8,26 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from atp.errors import UnsupportedModelError
+from atp.export.layout import is_plain
 from tests import families
-from tests.export.cases import SPACES, exported
+from tests.export.cases import CASES, LAYER_NORMS, SPACES, exported, masked
 
-every_case = pytest.mark.parametrize(("family", "space"), [(f, s) for f in families.FAMILIES for s in SPACES])
-some_cases = pytest.mark.parametrize(("family", "space"), [("phi3", "width"), ("gemma3", "disp"), ("gpt_neox", "disp")])
+every_case = pytest.mark.parametrize(("family", "space"), CASES)
+some_cases = pytest.mark.parametrize(
+    ("family", "space"),
+    [
+        ("phi3", "width"),
+        ("gemma3", "disp"),
+        ("gpt_neox", "disp"),
+        ("gemma3", "all"),
+        ("olmo2", "all"),
+        ("gemma2", "depth"),
+    ],
+)
 
 
 @every_case
@@ -27,7 +40,8 @@ def test_logits_equal_those_of_the_masked_model(family, space):
 def test_parameter_count_is_the_predicted_one(family, space):
     case = exported(family, space)
     predicted = case.space.kept_parameters(case.space.kept_counts(case.masks)).item()
-    assert sum(case.loaded.get_submodule(linear.path).weight.numel() for linear in case.space.linears) == predicted
+    blocks = case.loaded.get_submodule(case.space.structure.blocks[0].path.rpartition(".")[0])
+    assert sum(m.weight.numel() for m in blocks.modules() if isinstance(m, nn.Linear)) == predicted
     parameters = case.loaded.config.atp["parameters"]
     assert parameters["after"] == case.loaded.num_parameters() < parameters["before"]
     assert parameters["before"] == families.build(family).num_parameters()
@@ -37,7 +51,8 @@ def test_parameter_count_is_the_predicted_one(family, space):
 def test_uniform_widths_give_the_stock_class_and_others_the_pruned_one(family, space):
     case = exported(family, space)
     stock = type(families.build(family))
-    plain = space == "uniform"
+    plain = is_plain(case.space, case.masks)
+    assert plain or space not in ("uniform", "hidden", "blocks")
     assert (type(case.loaded) is stock) == plain
     assert isinstance(case.loaded, stock)
     assert (case.folder / "modeling_atp.py").exists() != plain
@@ -93,7 +108,7 @@ def test_the_exported_model_can_be_tuned_and_merged_again(family, space):
 
 @some_cases
 def test_named_targets_work_as_on_the_stock_model(family, space):
-    targets = ["qkv_proj"] if family == "phi3" else ["q_proj"] if family == "gemma3" else ["query_key_value"]
+    targets = [{"phi3": "qkv_proj", "gpt_neox": "query_key_value"}.get(family, "q_proj")]
     tuned = get_peft_model(copy.deepcopy(exported(family, space).loaded), LoraConfig(r=2, target_modules=targets))
     assert torch.equal(families.logits(tuned.eval()), families.logits(exported(family, space).loaded))
 
@@ -107,6 +122,27 @@ def test_loading_in_bfloat16_keeps_indices_whole(space):
     for name, buffer in case.loaded.named_buffers():
         if "residual" in name:
             assert torch.equal(buffer, half.get_buffer(name))
+
+
+@pytest.mark.parametrize("family", LAYER_NORMS)
+def test_a_stream_under_layer_norms_is_not_cut(family):
+    with pytest.raises(
+        UnsupportedModelError, match="is not an RMS norm whose place is known|cannot say another hidden"
+    ):
+        masked(families.build(family), "hidden")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "smollm3"])
+def test_padding_on_the_left_changes_nothing_where_attentions_are_gone(family):
+    """Oracle: the prompt by itself."""
+    model = exported(family, "depth").loaded
+    prompt, settings = families.tokens(1, 9), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+    padded, seen = torch.cat([torch.zeros(1, 4, dtype=torch.long), prompt], 1), torch.ones(1, 13, dtype=torch.long)
+    seen[:, :4] = 0
+    for cache in ("dynamic", "static"):
+        beside = model.generate(padded, attention_mask=seen, cache_implementation=cache, **settings)
+        assert torch.equal(beside[:, 13:], alone[:, 9:]), cache
 
 
 def test_tied_embeddings_stay_tied():

@@ -12,8 +12,8 @@ from atp.criteria import scores
 from atp.errors import UnsupportedModelError
 from atp.export import export, load
 from atp.layers import attach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import SPACES, masked
 

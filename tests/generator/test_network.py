@@ -3,8 +3,8 @@
 import torch
 
 from atp.generator.network import DecisionGenerator
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import tiny
 
 

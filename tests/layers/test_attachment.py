@@ -10,9 +10,9 @@ from peft import get_peft_model_state_dict
 
 from atp.errors import ATPError, UnsupportedModelError
 from atp.layers import attach, attachment_of, detach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import random_masks
 

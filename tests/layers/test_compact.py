@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from atp.errors import UnsupportedModelError
 from atp.layers import attach, compact, detach
 from atp.layers.masked import is_masked, masks_of
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import random_masks
 

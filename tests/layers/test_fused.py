@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 
 from atp.evaluation import flops_per_token
 from atp.layers import attach, detach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import random_masks
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from atp.layers import attach, detach
 from atp.layers.fused import is_fusable
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import random_masks
 

@@ -8,8 +8,8 @@ import torch
 
 from atp.layers import attach
 from atp.layers.shared import Shared
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import random_masks
 

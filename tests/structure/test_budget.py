@@ -10,8 +10,9 @@ import torch
 
 from atp.errors import BudgetError
 from atp.structure.budget import TOLERANCE, budget_note, project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import KV, Space, build_space
+from atp.structure.space import KV, Space
 from tests import families
 
 ROUND_TO = {"width": (1, 4, 8), "disp": (1, 4)}

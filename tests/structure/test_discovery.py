@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from atp.errors import ConfigError, UnsupportedModelError
+from atp.structure.building import build_space, default_round_to
 from atp.structure.discovery import discover
-from atp.structure.space import build_space, default_round_to
 from tests import families
 from tests.export.cases import exported
 
@@ -76,9 +76,10 @@ def test_rounding_coarser_than_the_widths_is_refused():
         build_space(discover(families.build("llama")), "width", round_to=64)
 
 
-def test_unknown_spaces_are_refused():
-    with pytest.raises(ConfigError, match="depth"):
-        build_space(discover(families.build("llama")), "depth")
+@pytest.mark.parametrize("name", ["heads", "width+disp", "width+width", ""])
+def test_unknown_spaces_are_refused(name):
+    with pytest.raises(ConfigError, match="several of width, hidden, depth joined by"):
+        build_space(discover(families.build("llama")), name)
 
 
 def _tiny(name: str, **changes: object) -> nn.Module:

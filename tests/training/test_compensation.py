@@ -13,8 +13,8 @@ from atp.errors import UnsupportedModelError
 from atp.export import export
 from atp.layers import attach
 from atp.structure.budget import project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from atp.training.compensation import Compensation
 from tests import families, runs, tiny
 

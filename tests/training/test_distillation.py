@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from atp.layers import attach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
-from atp.structure.space import build_space
 from atp.training import distillation
 from atp.training.compensation import Compensation
 from atp.training.distillation import Distillation

@@ -8,8 +8,8 @@ import torch
 from atp.errors import DivergedError, UnsupportedModelError
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import attach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
 from atp.training.losses import budget_loss

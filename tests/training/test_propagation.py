@@ -5,9 +5,9 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from atp.layers import attach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
-from atp.structure.space import build_space
 from atp.training import propagation, refitting
 from atp.training.compensation import Compensation
 from tests import families, runs

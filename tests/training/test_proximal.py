@@ -5,9 +5,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from atp.structure.budget import project
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
-from atp.structure.space import build_space
 from atp.training.proximal import proximal_step, pruned_share
 from tests import runs
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from atp.layers import attach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer
-from atp.structure.space import build_space
 from atp.training import propagation, refitting
 from atp.training.refitting import KeptMLP, _gradient, _missing, _reader_change, _size, _slopes, _Tokens
 from tests import families

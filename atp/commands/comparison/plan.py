@@ -15,8 +15,8 @@ from atp.errors import ConfigError
 from atp.recipe import Recipe
 from atp.strategies import DENSE, strategy_config
 from atp.structure.budget import target_parameters
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 
 
 @dataclass(frozen=True)
