@@ -12,6 +12,7 @@ from atp.commands.models import load_shell
 from atp.commands.output import print_table, write_json
 from atp.config import SPACES, ATPConfig
 from atp.evaluation import count_parameters
+from atp.export.layout import empty_model
 from atp.structure.budget import budget_note, project
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     space = build_space(structure, config.space, config.uniform, config.round_to)
     masks = project(equal_scores(space), space, config.sparsity)
     total, achieved = count_parameters(model), space.sparsity(masks)
-    removed = round(achieved * space.prunable_parameters)
+    left = count_parameters(empty_model(model, space, masks))
     results = {
         "model": arguments.model,
         "model_type": structure.model_type,
@@ -59,15 +60,15 @@ def run(arguments: argparse.Namespace) -> None:
         "space": space.name,
         "sparsity_asked": config.sparsity,
         "sparsity_achieved": achieved,
-        "parameters_removed": removed,
-        "parameters_left": total - removed,
-        "share_of_all_removed": removed / total,
+        "parameters_removed": total - left,
+        "parameters_left": left,
+        "share_of_all_removed": 1.0 - left / total,
         "note": budget_note(space, masks, config.sparsity),
     }
     groups = _groups(space, masks)
     print_table(arguments.model, ("", "value"), [(k.replace("_", " "), v) for k, v in results.items() if v is not None])
     print_table(
-        f"space {space.name}, kept widths when the sparsity is shared equally",
+        f"space {space.name}, what is kept when the sparsity is shared equally",
         ("blocks", "group kind", "groups", "parameters each", "kept"),
         [(g.blocks, g.kind, g.size, g.parameters, g.kept) for g in groups],
     )
@@ -108,6 +109,7 @@ def _groups(space: Space, masks: dict[str, Tensor]) -> list[_Groups]:
         members = [row for row in rows if row[0].kind == kind]
         for (size, each, kept), alike in groupby(members, key=lambda row: (row[0].size, row[1], row[2])):
             blocks = [row[0].block for row in alike]
-            name = str(blocks[0]) if len(blocks) == 1 else f"{blocks[0]}-{blocks[-1]}"
+            first, last = blocks[0], blocks[-1]
+            name = "all" if first is None else str(first) if first == last else f"{first}-{last}"
             found.append(_Groups(name, kind, size, each, kept))
     return found

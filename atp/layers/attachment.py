@@ -121,6 +121,24 @@ class Attachment:
         self.is_compact = True
         return True
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Within it the embedding opens all of the residual stream, whatever the space cuts of it."""
+        embedding = self._embedding
+        masks = None if embedding is None else masks_of(embedding)
+        if embedding is not None:
+            unmask_linear(embedding)
+        try:
+            yield
+        finally:
+            if embedding is not None and masks is not None:
+                mask_linear(embedding, masks)
+
+    def along_stream(self, hidden: Tensor) -> Tensor:
+        """`hidden`, `(..., hidden_size)`, without what the masks cut of the whole residual stream."""
+        axis = self._axis(self.space.stream, ())
+        return hidden if axis is None else axis.apply(hidden)
+
     def switched_off(self) -> set[str]:
         """Paths of attentions and MLPs that the masks switch off as a whole."""
         return self._halves.off(self.masks)

@@ -6,6 +6,7 @@ Where a cache is in use, attention computes after all (its writer is masked), so
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from atp.layers.swapping import restore_forward, swap_forward
@@ -54,13 +55,30 @@ def _attention_forward(cls: type[nn.Module]) -> Callable:
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if any(kwargs.get(name) is not None for name in ("past_key_values", "layer_past")):
             return cls.forward(self, hidden_states, *args, **kwargs)
-        return hidden_states.new_zeros(hidden_states.shape), None
+        return _zeros(self, hidden_states), None
 
     return forward
 
 
 def _mlp_forward(_cls: type[nn.Module]) -> Callable:
-    def forward(_self: nn.Module, x: Tensor) -> Tensor:
-        return x.new_zeros(x.shape)
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return _zeros(self, x)
 
     return forward
+
+
+def _zeros(module: nn.Module, like: Tensor) -> Tensor:
+    return _NoEffect.apply(like.new_zeros(like.shape), *(p for p in module.parameters() if p.requires_grad))
+
+
+class _NoEffect(torch.autograd.Function):
+    """Its first input; gradients of the others are zeros, not absent: DDP waits for every parameter's."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros_like(p) for p in ctx.saved_tensors)

@@ -65,8 +65,8 @@ class Compensation:
         self.final_batches = batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         blocks = attachment.space.structure.blocks
-        writing = {path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)}
-        self._writers = [path for path in self._linears if path in writing]
+        writing = [path for block in blocks for path in (block.attention.writer.path, block.mlp.writer.path)]
+        self._writers = [p for p in writing if p in self._linears or attachment.space.name != "disp"]
         self._mlp_readers = [reader.path for block in blocks for reader in block.mlp.readers]
         changing = (*self._linears, *self._mlp_readers)
         quantised = [path for path in changing if is_quantised(base_layer(attachment.modules[path]))]
@@ -127,7 +127,7 @@ class Compensation:
         if follows:
             self._claim((*writers, *self._mlp_readers))
             with self._masks(decision):
-                kept = {path: keep[path] for path in writers}
+                kept = {path: keep.get(path) for path in writers}
                 follow(self._attachment, kept, self._dense_block, self._forward, batches, self._compact, self._quiet)
 
     @property

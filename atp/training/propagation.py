@@ -87,7 +87,7 @@ class _Way:
 @torch.no_grad()
 def follow(
     attachment: Attachment,
-    writers: Mapping[str, Tensor],
+    writers: Mapping[str, Tensor | None],
     original: Callable[[Block], AbstractContextManager],
     forward: Callable[[Any], object],
     batches: Batches,
@@ -98,8 +98,9 @@ def follow(
 
     Args:
         attachment: under the masks that are final.
-        writers: writers that lose inputs, the MLPs' among them, by path, and which of their inputs stay, bool,
-            `(in_features,)`; they hold what they held at first.
+        writers: writers to refit, the MLPs' among them, by path, and which of their inputs stay, bool,
+            `(in_features,)`, or None for all; they hold what they held at first. Those of halves that are switched off
+            are passed over.
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
         compact: compute only what is kept, where layers are plain; they do so until masks are set.
@@ -110,7 +111,10 @@ def follow(
     lm.eval()
     try:
         seen = tqdm(batches, desc="atp: rows to refit to", leave=False, disable=quiet)
-        streams, precision = _capture([lm.get_submodule(block.path) for block in blocks], forward, seen)
+        with attachment.opened():
+            streams, precision = _capture([lm.get_submodule(block.path) for block in blocks], forward, seen)
+        for stream in streams:
+            stream.pruned = attachment.along_stream(stream.dense)
         if compact:
             attachment.compact()  # not before: layers copy their kept weights when they first compute
         with precision():
@@ -124,7 +128,7 @@ def follow(
 def _follow_block(
     attachment: Attachment,
     block: Block,
-    writers: Mapping[str, Tensor],
+    writers: Mapping[str, Tensor | None],
     original: Callable[[Block], AbstractContextManager],
     streams: list[Stream],
 ) -> None:
@@ -138,25 +142,32 @@ def _follow_block(
         for stream, whole, written in zip(streams, dense, by_writer, strict=True):
             yield way.wanted(written, whole - stream.pruned if additive else torch.zeros_like(whole))
 
-    read = [inputs_of(attention.writer, module, s.pruned, *s.calls[index]) for s in streams]
-    if (keep := writers.get(block.attention.writer.path)) is not None:
-        refit_writer(attention.writer, keep, read, wanted(attention, by_attention))
-    for i, stream in enumerate(streams):
-        written = attention.writer(read[i])
-        with attention.gives(written):
-            read[i] = inputs_of(mlp.module, module, stream.pruned, *stream.calls[index])
-        if additive:
-            stream.pruned = stream.pruned + attention.brings(written)
-            dense[i] = dense[i] + attention.brings(by_attention[i])
+    off = attachment.switched_off()
+    if block.attention.path in off:
+        read = [inputs_of(mlp.module, module, s.pruned, *s.calls[index]) for s in streams]
+    else:
+        read = [inputs_of(attention.writer, module, s.pruned, *s.calls[index]) for s in streams]
+        if block.attention.writer.path in writers:
+            keep = writers[block.attention.writer.path]
+            refit_writer(attention.writer, keep, read, wanted(attention, by_attention))
+        for i, stream in enumerate(streams):
+            written = attention.writer(read[i])
+            with attention.gives(written):
+                read[i] = inputs_of(mlp.module, module, stream.pruned, *stream.calls[index])
+            if additive:
+                stream.pruned = stream.pruned + attention.brings(written)
+    for i in range(len(streams)) if additive else ():
+        dense[i] = dense[i] + attention.brings(by_attention[i])
     by_attention.clear()
-    refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp))
-    read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
-    refit_writer(mlp.writer, writers[block.mlp.writer.path], read, wanted(mlp, by_mlp))
+    if block.mlp.path not in off:
+        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp))
+        read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
+        refit_writer(mlp.writer, writers[block.mlp.writer.path], read, wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):
-        if additive:
-            stream.pruned = stream.pruned + mlp.brings(mlp.writer(x))
-        else:
+        if not additive:
             stream.pruned = first_output(module, stream.pruned, *stream.calls[index])
+        elif block.mlp.path not in off:
+            stream.pruned = stream.pruned + mlp.brings(mlp.writer(x))
 
 
 def _dense_pass(

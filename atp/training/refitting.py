@@ -133,14 +133,15 @@ class _Tokens:
 
 
 @torch.no_grad()
-def refit_writer(writer: nn.Module, keep: Tensor, inputs: Iterable[Tensor], wanted: Wanted) -> None:
+def refit_writer(writer: nn.Module, keep: Tensor | None, inputs: Iterable[Tensor], wanted: Wanted) -> None:
     """Refit kept columns in place.
 
     Args:
-        keep: which inputs stay, bool, `(in_features,)`.
+        keep: which inputs stay, bool, `(in_features,)`; None: all.
         inputs: all of them, or those that stay, a batch each, `(rows, tokens, features)`.
     """
     base = base_layer(writer)
+    keep = torch.ones(base.in_features, dtype=torch.bool) if keep is None else keep
     kept = torch.nonzero(keep).flatten().to(base.weight.device)
     base.weight[:, kept] += _writer_change(writer, kept, inputs, wanted).to(base.weight.dtype)
     base_changed(writer)
