@@ -69,7 +69,7 @@ def test_inspect_counts_what_is_there_and_what_is_left(base, tmp_path, capsys):
     assert (by_kind["mlp"]["size"], by_kind["mlp"]["parameters"]) == (48, 3 * 32)
     kept = sum(g["kept"] * g["parameters"] * blocks(g["blocks"]) for g in found["groups"])
     assert found["prunable_parameters"] - kept == found["parameters_removed"]
-    assert "kept widths" in capsys.readouterr().out
+    assert "what is kept" in capsys.readouterr().out
 
 
 def blocks(name):
@@ -77,7 +77,13 @@ def blocks(name):
     return int(last or first) - int(first) + 1
 
 
-@pytest.mark.parametrize("options", [["--uniform"], ["--space", "disp"], ["--round-to", "16"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["--uniform"], ["--space", "disp"], ["--round-to", "16"]),
+        *(["--space", "hidden"], ["--space", "width+depth"], ["--space", "depth", "--uniform"]),
+    ],
+)
 def test_inspect_other_spaces(base, tmp_path, options):
     out = tmp_path / "inspect.json"
     assert main(["inspect", str(base), *options, "--json", str(out)]) == 0
