@@ -45,6 +45,7 @@ CASES = {
     "alternating": Case({"mode": "alternating", "generator_every": 2, "init": "activation", "compensate": "weights"}),
     "accumulated": Case({"space": "disp"}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, 2),
     "bf16": Case({"start_at": 0.2}, {"bf16": True}),
+    "spaces": Case({"start_at": 0.2, "space": "width+hidden+depth"}),
 }
 
 

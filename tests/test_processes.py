@@ -30,7 +30,7 @@ ENGINES = {
     "zero3": "DeepSpeedEngine",
 }
 IN_PARTS = ("fsdp2", "zero3")
-CASES = ("joint", "alternating", "accumulated", "bf16")
+CASES = ("joint", "alternating", "accumulated", "bf16", "spaces")
 WHAT = ("adapter", "base", "decision")
 
 ROUNDING = 1e-4
