@@ -94,17 +94,15 @@ def _change(entries: Entries, config: Any, family: Family, blocks: list[Sizes], 
     if family.own_head and config.tie_word_embeddings:
         entries["output.weight"] = entries["token_embd.weight"]
     if model_type(config) == "gpt_neox":
-        change_each(entries, "attn_qkv", lambda _: partial(apart, head_dim=head_dim))
-    if family.pairs:
-        change_each(entries, "attn_q", lambda block: partial(side_by_side, heads=blocks[block].heads))
-        change_each(entries, "attn_k", lambda block: partial(side_by_side, heads=blocks[block].kv_heads))
+        change_each(entries, "attn_qkv", partial(apart, head_dim=head_dim))
+    for part in ("attn_q", "attn_k") if family.pairs else ():
+        change_each(entries, part, partial(side_by_side, head_dim=head_dim))
     if family.norm_offset:
         for name in [name for name in entries if name.endswith("norm.weight")]:
             entries[name] = entries[name].then(partial(torch.add, other=family.norm_offset))
     for part, factor in _factors(config, family, blocks, head_dim).items():
         if not math.isclose(factor, 1.0, rel_tol=1e-6):
-            change = partial(torch.mul, other=factor)
-            change_each(entries, part, partial(lambda change, _: change, change))
+            change_each(entries, part, partial(torch.mul, other=factor))
 
 
 def _factors(config: Any, family: Family, blocks: list[Sizes], head_dim: int) -> dict[str, float]:

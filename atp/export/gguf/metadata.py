@@ -13,7 +13,7 @@ import gguf
 from atp.errors import UnsupportedModelError
 from atp.export.gguf.families import DECI, FAMILIES, model_type
 from atp.export.gguf.layout import Layout, rope
-from atp.export.gguf.vocabulary import fitting_name
+from atp.export.gguf.special import fitting_name
 
 
 def add_metadata(
@@ -146,6 +146,6 @@ def _check_windows(config: Any) -> None:
     ]
     if config.layer_types != kinds:
         raise UnsupportedModelError(
-            f"{name}: llama.cpp lets every {period}th block see everything, and layer_types says others: "
+            f"{name}: llama.cpp lets one block in {period} see everything, and layer_types says others: "
             "keep the Hugging Face folder"
         )

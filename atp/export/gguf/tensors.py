@@ -90,17 +90,17 @@ def sizes(entries: Entries, block: int, head_dim: int) -> Sizes:
     return Sizes(heads, kv_heads, size("ffn_down", 1))
 
 
-def change_each(entries: Entries, part: str, change: Callable[[int], Change]) -> None:
-    """Change weight and bias of `part` in every block, which `change` is told, or of the whole model."""
+def change_each(entries: Entries, part: str, change: Change) -> None:
+    """Change weight and bias of `part` in every block, or of the whole model."""
     for name, entry in entries.items():
         found = place(name)
         if (found.part if found else name.rsplit(".", 1)[0]) == part:
-            entries[name] = entry.then(change(found.block if found else 0))
+            entries[name] = entry.then(change)
 
 
-def side_by_side(tensor: Tensor, heads: int) -> Tensor:
+def side_by_side(tensor: Tensor, head_dim: int) -> Tensor:
     """Rows of each head from halves (i, i + head_dim/2), as transformers rotates them, to pairs (2i, 2i + 1)."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+    return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
 
 
 def apart(tensor: Tensor, head_dim: int) -> Tensor:

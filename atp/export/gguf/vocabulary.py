@@ -2,15 +2,14 @@
 
 Two kinds: byte-level BPE (GPT-2's and all after it), where llama.cpp knows a few splits of text by name, and BPE over
 characters with byte fallback, as SentencePiece's models become (Llama 2, Gemma). For the second, llama.cpp joins the
-pair whose result scores highest; the score written is minus the rank of the merge, which gives the same order.
+pair whose result scores highest; the score written is minus the rank of the merge, which gives the same order. To a
+text that opens with a space it adds another, as SentencePiece does and tokenizers' `Metaspace` does not.
 
-Whether texts open and close with special tokens is found by encoding one. llama.cpp normalises nothing: of normalisers,
-NFC is passed over (texts that are NFC already, as nearly all are, stay equal), others are refused.
+llama.cpp normalises nothing: of normalisers NFC is passed over (texts that are NFC already, as nearly all are, stay
+equal), others are refused.
 """
 
 import json
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import gguf
 from tokenizers import AddedToken, Tokenizer
 
 from atp.errors import UnsupportedModelError
+from atp.export.gguf.special import add_special, read_tokenizer
 
 _CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -44,17 +44,6 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 """llama.cpp's names, by how text is split and whether a piece in the vocabulary is taken without merging."""
 
 
-_PHI3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-
-
-@dataclass(frozen=True)
-class _Edges:
-    """Special tokens around an encoded text."""
-
-    before: list[int]
-    after: list[int]
-
-
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, eos: list[int]) -> None:
     """Write tokens, merges or scores, special tokens and the chat template.
 
@@ -65,7 +54,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, eos: 
     Raises:
         UnsupportedModelError: where there is no tokenizer, or llama.cpp cannot tokenize as it does.
     """
-    raw, tokenizer = _read(folder)
+    raw, tokenizer = read_tokenizer(folder)
     if raw["model"].get("type") != "BPE":
         raise UnsupportedModelError(
             f"{folder}: llama.cpp tokenizes like this by BPE only, not {raw['model'].get('type')}: "
@@ -80,46 +69,16 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocabulary: int, eos: 
         _add_characters(writer, raw, pieces, tokenizer, vocabulary, folder)
     else:
         _add_bytes(writer, raw, pieces, tokenizer, vocabulary, folder)
-    _add_special(writer, folder, tokenizer, vocabulary, eos, merges=not raw["model"].get("byte_fallback"))
-
-
-def fitting_name(name: str, folder: Path) -> str:
-    """A model's name with the one meaning it has to llama.cpp's tokenizer right.
-
-    Under a name with "phi3" or "phi-3" in it, llama.cpp drops spaces after special tokens, and opens no file without
-    Phi-3's. No key says so otherwise.
-    """
-    _, tokenizer = _read(folder)
-    added: dict[int, AddedToken] = tokenizer.get_added_tokens_decoder()
-    drops = {token.content for token in added.values() if token.special and token.rstrip}
-    there = {token.content for token in added.values()}
-    if drops and _PHI3 <= there:
-        return name if re.search("phi-?3", name, re.IGNORECASE) else f"{name} (Phi3)"
-    return re.sub("(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UnsupportedModelError(
-            f"{folder} has no tokenizer.json, and llama.cpp opens no model without a vocabulary: save the tokenizer "
-            "there first (AutoTokenizer.from_pretrained(BASE).save_pretrained(FOLDER))"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text), Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModelError(f"{path} cannot be read ({reason}): save the tokenizer again") from None
+    add_special(writer, folder, tokenizer, vocabulary, eos, merges=not raw["model"].get("byte_fallback"))
 
 
 def _add_bytes(
     writer: gguf.GGUFWriter, raw: dict[str, Any], pieces: dict[str, int], tokenizer: Tokenizer, size: int, folder: Path
 ) -> None:
-    for kind in _flat(raw["normalizer"], "normalizers"):
+    for kind in _flat(raw.get("normalizer"), "normalizers"):
         if kind["type"] != "NFC":
             raise UnsupportedModelError(f"{folder}: llama.cpp has no normaliser {kind['type']}")
-    split = tuple(_step(step, folder) for step in _flat(raw["pre_tokenizer"], "pretokenizers"))
+    split = tuple(_step(step, folder) for step in _flat(raw.get("pre_tokenizer"), "pretokenizers"))
     name = _SPLITS.get((split, bool(raw["model"].get("ignore_merges"))))
     if name is None:
         raise UnsupportedModelError(
@@ -176,7 +135,7 @@ def _add_characters(
 def _opens_with_space(raw: dict[str, Any], folder: Path) -> bool:
     """Whether a text is encoded with a space before it; spaces become ▁ in either case."""
     prefix = False
-    for step in (*_flat(raw["normalizer"], "normalizers"), *_flat(raw["pre_tokenizer"], "pretokenizers")):
+    for step in (*_flat(raw.get("normalizer"), "normalizers"), *_flat(raw.get("pre_tokenizer"), "pretokenizers")):
         match step:
             case {"type": "Prepend", "prepend": "▁"}:
                 prefix = True
@@ -208,30 +167,3 @@ def _tokens(pieces: dict[str, int], tokenizer: Tokenizer, size: int) -> tuple[li
         tokens[index] = own.content
         types[index] = int(gguf.TokenType.CONTROL if own.special else gguf.TokenType.USER_DEFINED)
     return tokens, types
-
-
-def _add_special(
-    writer: gguf.GGUFWriter, folder: Path, tokenizer: Tokenizer, size: int, eos: list[int], merges: bool
-) -> None:
-    special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=size)
-    edges = _edges(tokenizer)
-    if len(edges.before) > 1 or len(edges.after) > 1:
-        raise UnsupportedModelError(f"{folder}: llama.cpp puts one token at most before and after a text")
-    ids = special.special_token_ids
-    ids |= {"bos": edges.before[0]} if edges.before else {}
-    ids |= {"eos": edges.after[0]} if edges.after else {}
-    special.add_special_token = {"bos": bool(edges.before), "eos": bool(edges.after)}
-    if eos and "eos" not in ids:
-        ids["eos"] = eos[0]
-    if others := [index for index in eos if index != ids.get("eos") and index < size]:
-        ids.setdefault("eot", others[0])
-    special.add_to_gguf(writer, quiet=True)
-
-
-def _edges(tokenizer: Tokenizer) -> _Edges:
-    with_them = tokenizer.encode("a", add_special_tokens=True).ids
-    without = tokenizer.encode("a", add_special_tokens=False).ids
-    for begin in range(len(with_them) - len(without) + 1):
-        if with_them[begin : begin + len(without)] == without:
-            return _Edges(with_them[:begin], with_them[begin + len(without) :])
-    return _Edges([], [])

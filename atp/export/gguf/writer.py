@@ -25,7 +25,7 @@ DTYPES = {
     "q8_0": (_Type.Q8_0, _File.MOSTLY_Q8_0),
 }
 _LARGEST = {_Type.F16: 65504.0, _Type.Q8_0: 65504.0 * 127}
-logging.getLogger("gguf").setLevel(logging.WARNING)
+logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of what is not so
 
 
 def write_gguf(folder: str | Path, out: str | Path, dtype: str = "f16", *, overwrite: bool = False) -> Path:
