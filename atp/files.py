@@ -1,4 +1,4 @@
-"""Folders that are complete or absent: written beside their place, then renamed into it."""
+"""Folders and files that are complete or absent: written beside their place, then renamed into it."""
 
 import os
 import shutil
@@ -33,6 +33,27 @@ def written_beside(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def file_written_beside(out: Path) -> Iterator[Path]:
+    """A path beside `out` for a fresh file, which takes its place when the block ends well, else vanishes.
+
+    Raises:
+        CheckpointError: for any `OSError` inside the block or while renaming.
+    """
+    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield fresh
+        fresh.replace(out)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} could not be written ({_one_line(error)}): nothing was changed; free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def written_by_one(out: Path, writes: bool) -> AbstractContextManager[Path | None]:

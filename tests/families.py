@@ -68,9 +68,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
 
 def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A tiny float32 model of `family` in evaluation mode, with random weights in every parameter."""
+    return from_config(FAMILIES[family](), seed)
+
+
+def from_config(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """As `build`, of any config."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
