@@ -1,0 +1,65 @@
+"""vLLM's plugin: ragged and `disp` folders, through vLLM's own Transformers modelling backend.
+
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins` that installing `atp` declares. It
+imports nothing of vLLM's models: they are named, and imported when a folder asks for them.
+
+Not covered: vLLM's hand-written model classes. The backend fuses projections and norms, and keeps its cache of keys and values, as they do.
+"""
+
+import copy
+import logging
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from atp.export.modeling_atp import MODEL_TYPE, PREFIX
+from atp.export.registration import register as register_config
+
+MODEL_CLASS = "atp.serving.vllm_model:PrunedForCausalLM"
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make vLLM know every family's pruned architecture. Harmless when repeated.
+
+    Raises nothing: an error here would keep vLLM from serving any model. A vLLM without sizes per block is warned about.
+    """
+    try:
+        from vllm import ModelRegistry  # noqa: PLC0415  # called by vLLM only
+        from vllm.config.model_arch import ModelArchitectureConfig  # noqa: PLC0415
+        from vllm.transformers_utils import model_arch_config_convertor as convertors  # noqa: PLC0415
+
+        has_sizes = "per_layer_overrides" in ModelArchitectureConfig.__dataclass_fields__
+    except ImportError:
+        has_sizes = False
+    if not has_sizes:
+        logger.warning("atp: this vLLM has no sizes per block: use 0.30 or newer to serve ragged and disp folders")
+        return
+
+    class Convertor(convertors.ModelArchConfigConvertorBase):
+        """Tells vLLM how many heads each block has."""
+
+        def get_per_layer_hf_configs(self) -> list[tuple[PreTrainedConfig, PreTrainedConfig]]:
+            return [(block, block) for block in block_configs(self.hf_config)]
+
+    register_config()
+    convertors.MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = Convertor
+    for architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        ModelRegistry.register_model(f"{PREFIX}{architecture}", MODEL_CLASS)
+
+
+def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Per block, `config` with the head counts of that block, and a `head_dim` that does not depend on them."""
+    blocks = config.atp["blocks"]
+    heads = config.num_attention_heads
+    kept = blocks["kept"].get("kv", [None] * config.num_hidden_layers)
+    full = blocks["full"].get("kv", kept)
+    return [_with_heads(config, heads, before, after) for before, after in zip(full, kept, strict=True)]
+
+
+def _with_heads(config: PreTrainedConfig, heads: int, full: int | None, kept: int | None) -> PreTrainedConfig:
+    block = copy.copy(config)
+    block.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if full is not None and kept is not None:
+        block.num_attention_heads, block.num_key_value_heads = heads // full * kept, kept
+    return block
