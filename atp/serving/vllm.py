@@ -1,12 +1,11 @@
 """vLLM's plugin: ragged and `disp` folders, through vLLM's own Transformers modelling backend.
 
-vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins` that installing `atp` declares. It
-imports nothing of vLLM's models: they are named, and imported when a folder asks for them.
+vLLM calls `register` in each of its processes, by the entry point `vllm.general_plugins` that installing `atp`
+declares. Nothing of vLLM's models is imported then: our class is named, and imported when a folder asks for it.
 
-Not covered: vLLM's hand-written model classes. The backend fuses projections and norms, and keeps its cache of keys and values, as they do.
+Not covered: vLLM's hand-written model classes. The backend too fuses projections and norms and pages keys and values.
 """
 
-import copy
 import logging
 
 from transformers import PreTrainedConfig
@@ -14,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from atp.export.modeling_atp import MODEL_TYPE, PREFIX
 from atp.export.registration import register as register_config
+from atp.serving.blocks import block_configs
 
 MODEL_CLASS = "atp.serving.vllm_model:PrunedForCausalLM"
 logger = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Make vLLM know every family's pruned architecture. Harmless when repeated.
 
-    Raises nothing: an error here would keep vLLM from serving any model. A vLLM without sizes per block is warned about.
+    Raises nothing: an error here would keep vLLM from serving any model. A vLLM that knows no sizes per block is
+    warned about.
     """
     try:
         from vllm import ModelRegistry  # noqa: PLC0415  # called by vLLM only
@@ -46,20 +47,3 @@ def register() -> None:
     convertors.MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = Convertor
     for architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         ModelRegistry.register_model(f"{PREFIX}{architecture}", MODEL_CLASS)
-
-
-def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """Per block, `config` with the head counts of that block, and a `head_dim` that does not depend on them."""
-    blocks = config.atp["blocks"]
-    heads = config.num_attention_heads
-    kept = blocks["kept"].get("kv", [None] * config.num_hidden_layers)
-    full = blocks["full"].get("kv", kept)
-    return [_with_heads(config, heads, before, after) for before, after in zip(full, kept, strict=True)]
-
-
-def _with_heads(config: PreTrainedConfig, heads: int, full: int | None, kept: int | None) -> PreTrainedConfig:
-    block = copy.copy(config)
-    block.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if full is not None and kept is not None:
-        block.num_attention_heads, block.num_key_value_heads = heads // full * kept, kept
-    return block

@@ -2,10 +2,9 @@
 
     python stranger.py CASES.json RESULTS.json SCRATCH
 
-`CASES.json` holds a list of `{"name", "folder", "trust"}`; beside each folder's `config.json` lies nothing of ours but what
-`export` wrote, and `<folder>.safetensors` holds `tokens` and the `logits` of the masked model that was exported. `RESULTS.json`
-gets, per case and behaviour, "" or what went wrong. It imports torch, transformers, safetensors and, where they are installed, peft,
-bitsandbytes and torchao; `import atp` is made to fail first.
+`CASES.json` holds a list of `{"name", "folder", "trust"}`; `<folder>.safetensors` holds `tokens` and the `logits` of
+the masked model that was exported. `RESULTS.json` gets, per case and behaviour, "" or what went wrong; behaviours whose
+package is not installed are left out. Needs torch, transformers and safetensors; `import atp` is made to fail first.
 """
 
 import copy
@@ -16,15 +15,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-sys.modules["atp"] = None  # type: ignore[assignment]  # importing it now raises
-
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-transformers.logging.set_verbosity_error()
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 EXACT, INT8 = 1e-5, 8e-2
 
@@ -62,7 +58,8 @@ def needs_the_flag(case: Case) -> None:
     try:
         AutoModelForCausalLM.from_pretrained(case.folder, trust_remote_code=False)
     except ValueError as error:
-        assert "trust_remote_code" in str(error), error
+        if "trust_remote_code" not in str(error):
+            raise
     else:
         raise AssertionError("loaded without the flag")
 
@@ -104,14 +101,14 @@ def save_and_reload(case: Case) -> None:
 
 
 def tune_with_peft(case: Case) -> None:
-    """LoRA on all linears learns a batch; the adapter saved and put on the base again, and merged, computes the same."""
+    """LoRA on all linears learns a batch; the adapter, saved and put on the base again or merged, computes the same."""
     import peft  # noqa: PLC0415  # optional
 
     settings = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    tuned = peft.get_peft_model(case.load(case.folder), settings).train()
+    tuned = peft.get_peft_model(copy.deepcopy(case.model), settings).train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=5e-3)
     losses = []
-    for _ in range(4):
+    for _ in range(3):
         loss = tuned(input_ids=case.tokens, labels=case.tokens).loss
         loss.backward()
         optimizer.step()
@@ -189,6 +186,7 @@ def check(folder: str, trust: bool, scratch: Path) -> dict[str, str]:
 
 def main(cases: str, out: str, scratch: str) -> None:
     """Check all cases, and write down what was found."""
+    sys.modules["atp"] = None  # type: ignore[assignment]  # importing it raises now
     torch.set_num_threads(1)
     results = {
         case["name"]: check(case["folder"], case["trust"], Path(scratch) / str(i))
