@@ -9,18 +9,34 @@ Not covered: vLLM's hand-written model classes. The backend too fuses projection
 import logging
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from atp.export.modeling_atp import MODEL_TYPE, PREFIX
 from atp.export.registration import register as register_config
 from atp.serving.blocks import block_configs
 
 MODEL_CLASS = "atp.serving.vllm_model:PrunedForCausalLM"
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+    "Olmo2ForCausalLM",
+    "GraniteForCausalLM",
+    "SmolLM3ForCausalLM",
+    "Starcoder2ForCausalLM",
+    "StableLmForCausalLM",
+    "GPTNeoXForCausalLM",
+)
+"""Those whose log-probabilities were compared; vLLM refuses others by name. What a family does to its logits after the
+head is the backend's to know, and it knows no other scaling than Cohere's: `vllm_model` adds Granite's."""
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Make vLLM know every family's pruned architecture. Harmless when repeated.
+    """Make vLLM know the pruned `ARCHITECTURES`. Harmless when repeated.
 
     Raises nothing: an error here would keep vLLM from serving any model. A vLLM that knows no sizes per block is
     warned about.
@@ -45,5 +61,5 @@ def register() -> None:
 
     register_config()
     convertors.MODEL_ARCH_CONFIG_CONVERTORS[MODEL_TYPE] = Convertor
-    for architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    for architecture in ARCHITECTURES:
         ModelRegistry.register_model(f"{PREFIX}{architecture}", MODEL_CLASS)

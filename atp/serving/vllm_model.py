@@ -19,9 +19,12 @@ class PrunedForCausalLM(TransformersForCausalLM):
     """vLLM's wrapper around a headless transformers model; its base class builds that by `AutoModel.from_config`."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        config_class: Any = type(vllm_config.model_config.hf_config)
+        config = vllm_config.model_config.hf_config
+        config_class: Any = type(config)
         AutoModel.register(config_class, headless_class(config_class), exist_ok=True)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        if self.pp_group.is_last_rank:
+            self.logits_processor.scale /= getattr(config, "logits_scaling", 1.0)  # Granite's
         device = vllm_config.device_config.device
         for module in self.modules():
             for name in INDICES:

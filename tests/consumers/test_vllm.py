@@ -75,12 +75,11 @@ def fake_vllm(monkeypatch, fields: dict) -> tuple[dict, dict]:
     return convertors, models
 
 
-def test_registering_names_every_family_and_imports_no_model(monkeypatch):
+def test_registering_names_the_families_of_the_table_and_imports_no_model(monkeypatch):
     convertors, models = fake_vllm(monkeypatch, {"per_layer_overrides": None})
     for _ in range(2):
         register()
-    for family in families.FAMILIES:
-        assert models[f"Pruned{type(families.build(family)).__name__}"] == MODEL_CLASS
+    assert models == {f"Pruned{type(families.build(family)).__name__}": MODEL_CLASS for family in families.FAMILIES}
     config = exported("llama", "width").loaded.config
     told = convertors["atp"].get_per_layer_hf_configs(SimpleNamespace(hf_config=config))
     assert [own.num_key_value_heads for own, _ in told] == config.atp["blocks"]["kept"]["kv"]
