@@ -1,8 +1,12 @@
 """What the exported model is: a stock class where its own config can say the sizes, a ragged one otherwise.
 
 The result is an empty model on the meta device, its config complete with an `atp` entry:
-`{"format", "space", "sparsity", "parameters": {"before", "after"}}`, and `"blocks"` where it is ragged (see
-`modeling_atp`).
+`{"format", "space", "sparsity", "widths": {kind: {"full", "least", "most"}}, "parameters": {"before", "after"}}`, and
+`"blocks"` where it is ragged (see `modeling_atp`).
+
+Of a model that was exported and pruned again, all of it is said from the stock model's sizes: `sparsity` is the share
+of the original's prunable parameters that is gone, and `"runs": [{"space", "sparsity"}, ...]` says what each run took
+of what it was given.
 """
 
 import copy
@@ -16,12 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from atp.errors import UnsupportedModelError
 from atp.export import modeling_atp
 from atp.export.compaction import SELECTIONS
-from atp.structure.discovery import Block, plain_config
+from atp.structure.discovery import Block, is_ragged, plain_config
 from atp.structure.live import base_layer
 from atp.structure.space import KV, MLP, Space
 
 FORMAT = 1
-NOT_CARRIED = ("quantization_config", "auto_map", "architectures")
+NOT_CARRIED = ("quantization_config", "auto_map", "architectures", "atp")
 """Config entries that describe the live model's storage or code, not the exported model."""
 
 
@@ -31,24 +35,56 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
     Raises:
         UnsupportedModelError: where the model needs a ragged class and its own is not one of transformers'.
     """
-    source = _source_config(lm)
+    source, earlier = _source_config(lm), getattr(lm.config, "atp", None) or {}
     kept = _kept_counts(space, masks)
+    stock_class = _stock_class(lm)
     with torch.device("meta"):
-        stock = type(lm)(source)
+        stock = stock_class(stock_class.config_class.from_dict(source.to_dict()))
     if is_plain(space, masks) and not _added_biases(lm, stock, space):
         attention = space.structure.blocks[0].attention
         config, model_class = plain_config(source, attention, kept[KV][0], kept[MLP][0]), type(lm)
         blocks = None
     else:
-        model_class = _pruned_class(type(lm))
+        model_class = _pruned_class(stock_class)
         config = model_class.config_class.from_dict(source.to_dict())
-        blocks = _blocks(space, kept, _added_biases(lm, stock, space))
-    entry = {"format": FORMAT, "space": space.name, "sparsity": round(space.sparsity(masks), 6)}
-    config.atp = entry | ({"blocks": blocks} if blocks else {})
+        blocks = _composed(earlier.get("blocks"), _blocks(space, kept, _added_biases(lm, stock, space)))
+    config.atp = _entry(space, masks, kept, earlier) | ({"blocks": blocks} if blocks else {})
     with torch.device("meta"):
         model = model_class(config)
-    config.atp["parameters"] = {"before": stock.num_parameters(), "after": model.num_parameters()}
+    before = earlier["parameters"]["before"] if earlier else stock.num_parameters()
+    config.atp["parameters"] = {"before": before, "after": model.num_parameters()}
     return model
+
+
+def _entry(
+    space: Space, masks: Mapping[str, Tensor], kept: dict[str, list[int]], earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """What was done, from the stock model's sizes.
+
+    Args:
+        earlier: the entry of the model that was pruned; empty where it had not been pruned before.
+    """
+    sparsity = round(space.sparsity(masks), 6)
+    entry: dict[str, Any] = {"format": FORMAT, "space": space.name, "sparsity": sparsity}
+    if earlier:
+        runs = earlier.get("runs") or [{"space": earlier["space"], "sparsity": earlier["sparsity"]}]
+        entry["sparsity"] = round(1.0 - (1.0 - earlier["sparsity"]) * (1.0 - sparsity), 6)
+        entry["runs"] = [*runs, {"space": space.name, "sparsity": sparsity}]
+    widths = dict(earlier.get("widths", {}))
+    for kind, counts in kept.items():
+        size = max(s.size for s in space.sets if s.kind == kind)
+        full = widths[kind]["full"] if kind in widths else size
+        widths[kind] = {"full": full, "least": min(counts), "most": max(counts)}
+    return entry | {"widths": widths}
+
+
+def _composed(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
+    """The table from stock sizes, of what `later` made of blocks that had been cut as `earlier` says."""
+    if earlier is None:
+        return later
+    linears = {path: earlier["linears"].get(path, {}) | later["linears"][path] for path in later["linears"]}
+    composed = {name: earlier[name] | later[name] for name in ("kept", "norms", "selections")}
+    return later | composed | {"full": later["full"] | earlier["full"], "linears": linears}
 
 
 def is_plain(space: Space, masks: Mapping[str, Tensor]) -> bool:
@@ -67,6 +103,11 @@ def _added_biases(lm: PreTrainedModel, stock: PreTrainedModel, space: Space) -> 
         for linear in space.linears
         if base_layer(lm.get_submodule(linear.path)).bias is not None and stock.get_submodule(linear.path).bias is None
     }
+
+
+def _stock_class(lm: PreTrainedModel) -> type[PreTrainedModel]:
+    """The family's own class, which a ragged one is a subclass of."""
+    return type(lm).__base__ if is_ragged(lm.config) else type(lm)  # type: ignore[return-value]
 
 
 def _source_config(lm: PreTrainedModel) -> PreTrainedConfig:
