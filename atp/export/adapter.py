@@ -10,6 +10,7 @@ Not covered, and refused by name: adapters other than LoRA, several at once, and
 """
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def export_adapter(
         UnsupportedModelError: naming what of the adapter cannot be carried over.
         ATPError, CheckpointError: as `export` does.
     """
-    name = _only_adapter(model)
+    name, config = _only_adapter(model)
     attachment, decision = attached_decision(model, masks)
     out = free_place(out, overwrite or not writes)
     settle(attachment.lm)
@@ -78,14 +79,14 @@ def export_adapter(
         plan = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
         write_weights(adapter, plan, tensors.__getitem__, sys.maxsize, "adapter_model")
         if base is not None and adapter is not None:
-            _adapter_config(model.peft_config[name], out / "base").save_pretrained(str(adapter))
-            write_card(base, about, is_base=True)
+            _adapter_config(config, out / "base").save_pretrained(str(adapter))
+            write_card(base, dataclasses.replace(about, results=()), is_base=True)
             write_adapter_card(adapter, base, about)
     return out
 
 
-def _only_adapter(model: Any) -> str:
-    """The name of the adapter to be exported."""
+def _only_adapter(model: Any) -> tuple[str, LoraConfig]:
+    """The adapter to be exported: its name and settings."""
     if not isinstance(model, PeftModel):
         raise UnsupportedModelError(f"{type(model).__name__} has no adapter: export it in the format hf")
     if len(model.active_adapters) != 1:
@@ -105,7 +106,7 @@ def _only_adapter(model: Any) -> str:
     for path, layer in model.get_base_model().named_modules():
         if isinstance(layer, LoraLayer):
             _refuse_unusual(path, layer, name)
-    return name
+    return name, config
 
 
 def _refuse_unusual(path: str, layer: Any, name: str) -> None:
@@ -118,15 +119,15 @@ def _refuse_unusual(path: str, layer: Any, name: str) -> None:
         raise UnsupportedModelError(f"{path}: adapters are disabled: enable them, or export the format hf")
 
 
-def _adapter_tensors(model: PeftModel, name: str, compact: CompactTensors) -> dict[str, Tensor]:
+def _adapter_tensors(model: Any, name: str, compact: CompactTensors) -> dict[str, Tensor]:
     """What PEFT would save, cut to the pruned size, by PEFT's names. Collective where parameters are sharded."""
     live = dict(model.named_parameters(remove_duplicate=False))
     saved = get_peft_model_state_dict(model, live, adapter_name=name, save_embedding_layers=False)
-    return {key: _cut(key, whole(tensor).cpu(), model, name, compact) for key, tensor in saved.items()}
+    return {key: _cut(key, whole(tensor).cpu(), model, compact) for key, tensor in saved.items()}
 
 
 @torch.no_grad()
-def _cut(key: str, tensor: Tensor, model: PeftModel, name: str, compact: CompactTensors) -> Tensor:
+def _cut(key: str, tensor: Tensor, model: Any, compact: CompactTensors) -> Tensor:
     path, _, part = key.removeprefix(_PREFIX).partition(".lora_")
     rows, cols, scale = compact.sides(path)
     if part == "A.weight":
