@@ -35,7 +35,7 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
     Raises:
         UnsupportedModelError: where the model needs a ragged class and its own is not one of transformers'.
     """
-    source, earlier = _source_config(lm), getattr(lm.config, "atp", None) or {}
+    source, earlier = _source_config(lm), _earlier(lm)
     kept = _kept_counts(space, masks)
     stock_class = _stock_class(lm)
     with torch.device("meta"):
@@ -54,6 +54,21 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
     before = earlier["parameters"]["before"] if earlier else stock.num_parameters()
     config.atp["parameters"] = {"before": before, "after": model.num_parameters()}
     return model
+
+
+def _earlier(lm: PreTrainedModel) -> dict[str, Any]:
+    """The entry of a model that was pruned before, else an empty one."""
+    entry: Any = getattr(lm.config, "atp", None) or {}
+    try:
+        whole = not entry or (0.0 <= entry["sparsity"] < 1.0 <= entry["parameters"]["before"] and "space" in entry)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UnsupportedModelError(
+            f"{type(lm).__name__}: the `atp` entry of its config does not say what was pruned: export it again, or "
+            "remove the entry"
+        )
+    return entry
 
 
 def _entry(

@@ -83,8 +83,8 @@ class Pruned:
         if self.is_ragged:
             first = (
                 "Its blocks have sizes of their own, which no class of transformers has. "
-                f"`{self.model_class}` is a small subclass of one, in atp and in the file `modeling_atp.py` here, which "
-                "needs torch and transformers only."
+                f"`{self.model_class}` is a small subclass of one, in atp and in the file `modeling_atp.py` here, "
+                "which needs torch and transformers only."
             )
             rows = {
                 "transformers, PEFT": "after `import atp`, or with `trust_remote_code=True`",

@@ -148,9 +148,9 @@ def _family(config: PretrainedConfig) -> str:
 def _refuse_pruned_otherwise(lm: PreTrainedModel) -> None:
     """What was exported by atp can be pruned further where its blocks are whole layers of smaller sizes."""
     entry = getattr(lm.config, "atp", None) or {}
-    if is_ragged(lm.config) and (entry["space"] != "width" or entry["blocks"]["selections"]):
+    if is_ragged(lm.config) and (entry.get("space") != "width" or entry["blocks"]["selections"]):
         raise UnsupportedModelError(
-            f"{type(lm).__name__} was pruned in space {entry['space']!r}, which cannot be pruned further: start from "
+            f"{type(lm).__name__} was pruned in space {entry.get('space')!r}, which cannot be pruned further: start from "
             "its base model and ask for the sparsity of both runs together; 'width' can be pruned in several runs"
         )
 
