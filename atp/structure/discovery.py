@@ -150,8 +150,8 @@ def _refuse_pruned_otherwise(lm: PreTrainedModel) -> None:
     entry = getattr(lm.config, "atp", None) or {}
     if is_ragged(lm.config) and (entry.get("space") != "width" or entry["blocks"]["selections"]):
         raise UnsupportedModelError(
-            f"{type(lm).__name__} was pruned in space {entry.get('space')!r}, which cannot be pruned further: start from "
-            "its base model and ask for the sparsity of both runs together; 'width' can be pruned in several runs"
+            f"{type(lm).__name__} was pruned in space {entry.get('space')!r}, which cannot be pruned again: start from "
+            "its base model and ask for the sparsity of both runs together; 'width' may be pruned in several runs"
         )
 
 

@@ -15,6 +15,9 @@ from atp.layers import attachment_of
 from tests import families, runs, tiny
 from tests.export.cases import exported, masked
 
+FIRST = 0.27
+"""With which random decisions in `width` leave every family ragged."""
+
 ROUNDS = [("uniform", "uniform"), ("width", "width"), ("width", "disp")]
 CASES = [(family, *names) for family in families.FAMILIES for names in ROUNDS]
 CASES += [(family, "uniform", other) for family in ("llama", "olmo2", "gpt_neox") for other in ("width", "disp")]
@@ -22,7 +25,8 @@ CASES += [(family, "uniform", other) for family in ("llama", "olmo2", "gpt_neox"
 
 @pytest.mark.parametrize(("family", "first", "second"), CASES)
 def test_a_second_export_computes_what_the_second_masked_model_does(family, first, second, tmp_path):
-    once = exported(family, first, 0.2)
+    once = exported(family, first, FIRST)
+    assert ("blocks" in once.loaded.config.atp) == (first != "uniform")
     model = masked(families.with_lora(copy.deepcopy(once.loaded), seed=5), second, 0.2)
     twice = load(export(model, tmp_path / "out")).eval()
     assert families.relative_error(families.logits(twice), families.logits(model)) <= 1e-5
@@ -40,15 +44,15 @@ def test_a_second_export_computes_what_the_second_masked_model_does(family, firs
 
 
 def test_a_third_run_goes_on_from_the_second(tmp_path):
-    model = copy.deepcopy(exported("llama", "width", 0.2).loaded)
+    model = copy.deepcopy(exported("llama", "width", FIRST).loaded)
     for number in range(2):
         model = masked(families.with_lora(model, seed=number), "width", 0.2)
         expected = families.logits(model)
         model = load(export(model, tmp_path / str(number))).eval()
         assert families.relative_error(families.logits(model), expected) <= 1e-5
     assert len(model.config.atp["runs"]) == 3
-    assert model.config.atp["blocks"]["full"] == exported("llama", "width", 0.2).loaded.config.atp["blocks"]["full"]
-    assert model.config.atp["sparsity"] == pytest.approx(1 - 0.8**3, abs=0.02)
+    assert model.config.atp["blocks"]["full"] == exported("llama", "width", FIRST).loaded.config.atp["blocks"]["full"]
+    assert model.config.atp["sparsity"] == pytest.approx(1 - (1 - FIRST) * 0.8**2, abs=0.02)
 
 
 @pytest.mark.parametrize("uniform", [False, True])

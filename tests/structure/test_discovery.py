@@ -155,7 +155,5 @@ def test_an_exported_model_is_found_with_the_sizes_it_has(family, space):
 
 
 def test_a_model_whose_blocks_see_a_part_of_the_residual_stream_is_refused():
-    with pytest.raises(
-        UnsupportedModelError, match="space 'disp', which cannot be pruned further: start from its base"
-    ):
+    with pytest.raises(UnsupportedModelError, match="space 'disp', which cannot be pruned again: start from its base"):
         discover(exported("llama", "disp").loaded)
