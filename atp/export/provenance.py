@@ -1,14 +1,15 @@
 """Where an exported model comes from: its base's name for readers and for the hub, and the licence the base states.
 
 A licence is read from the base's own README.md or GGUF file, never guessed. Of a hub model whose card is not in the
-local cache the card is fetched, unless `HF_HUB_OFFLINE` is set or nothing answers within seconds.
+local cache the hub is asked, once and for no more than seconds, unless `HF_HUB_OFFLINE` is set.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, constants, hf_hub_download
+from huggingface_hub import ModelCard, constants, model_info, try_to_load_from_cache
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _SECONDS = 3.0
@@ -56,16 +57,25 @@ def origin_of(base: str | None, gguf_file: str | None = None) -> Origin:
     return Origin(Path(gguf_file).stem if gguf_file else path.resolve().name, hub_name, licence, source)
 
 
+@cache
 def _on_the_hub(name: str) -> Origin:
     if name.count("/") > 1 or name[:1] in "./~":
         return Origin(Path(name).name)
-    offline = constants.HF_HUB_OFFLINE
-    try:
-        card = hf_hub_download(name, "README.md", etag_timeout=_SECONDS, local_files_only=offline)
-    except Exception:  # no network, no card, a private model, a name that is none: the card goes without
+    cached = try_to_load_from_cache(name, "README.md")
+    if isinstance(cached, str):
+        licence, source, _ = _stated(Path(cached))
+        return Origin(name, name, licence, source)
+    if constants.HF_HUB_OFFLINE:
         return Origin(name, name)
-    licence, source, _ = _stated(Path(card))
-    return Origin(name, name, licence, source)
+    try:
+        licence = _licence_in(model_info(name, timeout=_SECONDS).card_data or {})
+    except Exception:  # no network, a private model, a name that is none: the card goes without
+        licence = {}
+    return Origin(name, name, licence, "its card" if licence else "")
+
+
+def _licence_in(data: Any) -> dict[str, str]:
+    return {key: data[key] for key in _LICENCE_KEYS if isinstance(data.get(key), str)}
 
 
 def _stated(readme: Path) -> tuple[dict[str, str], str, str | None]:
@@ -74,7 +84,7 @@ def _stated(readme: Path) -> tuple[dict[str, str], str, str | None]:
         data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # no card, or one whose metadata is no YAML
         return {}, "", None
-    licence = {key: str(data[key]) for key in _LICENCE_KEYS if isinstance(data.get(key), str)}
+    licence = _licence_in(data)
     base = data.get("base_model")
     name = base[0] if isinstance(base, list) and base else base
     return licence, "its card" if licence else "", name if isinstance(name, str) else None

@@ -5,11 +5,12 @@ Oracle: `huggingface_hub` reads the front matter back; the folder's config for t
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
-from atp.export import About, Result, export, export_adapter, load
+from atp.export import About, Result, export, export_adapter, load, provenance
 from tests import families
 from tests.export.cases import SPACES, exported, masked
 
@@ -111,3 +112,37 @@ def test_what_was_pruned_twice_says_both(tmp_path):
     model = masked(families.with_lora(copy.deepcopy(exported("llama", "uniform").loaded)), "width", 0.2)
     text = card_of(export(model, tmp_path / "out")).text
     assert re.search(r"\| pruned in \| 4\d\.\d % \(`width`\), then 20\.\d % \(`width`\) \|", text)
+
+
+def test_a_gguf_base_states_its_licence(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install 'atp[gguf]'")
+    writer = gguf.GGUFWriter(tmp_path / "Some-Model-F16.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    about = About(base=str(tmp_path), gguf_file="Some-Model-F16.gguf")
+    card = card_of(export(tuned("uniform"), tmp_path / "out", about=about))
+    assert card.data.license == "apache-2.0"
+    assert "apache-2.0, as `Some-Model-F16.gguf` says" in card.text
+    assert "# Some-Model-F16, " in card.text
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_model_is_asked_for_its_licence_once(answers, tmp_path, monkeypatch):
+    asked = []
+
+    def model_info(name, timeout):
+        asked.append((name, timeout))
+        if not answers:
+            raise ConnectionError("no network")
+        return SimpleNamespace(card_data=ModelCardData(license="mit"))
+
+    monkeypatch.setattr(provenance, "model_info", model_info)
+    monkeypatch.setattr(provenance.constants, "HF_HUB_OFFLINE", False)
+    name = f"someone/model-{answers}"
+    for number in range(2):
+        card = card_of(export(tuned("uniform", name), tmp_path / str(number)))
+    assert (card.data.base_model, card.data.license) == (name, "mit" if answers else None)
+    assert asked == [(name, 3.0)]
+    assert f"# {name}, " in card.text
