@@ -2,7 +2,8 @@
 
 from atp.callback import ATPCallback
 from atp.config import ATPConfig
-from atp.export import export, load
+from atp.export import export
+from atp.loading import load
 from atp.structure.discovery import discover
 
 __version__ = "0.1.0"

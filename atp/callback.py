@@ -23,7 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from atp.config import ATPConfig
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
-from atp.export import export
+from atp.export import About, Result, export
+from atp.export.card import chosen
 from atp.files import written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
 from atp.structure.budget import target_parameters
@@ -212,7 +213,8 @@ class ATPCallback(TrainerCallback):
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
             processing_class = kwargs.get("processing_class")
-            export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes)
+            about = self._about(state, model)
+            export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes, about=about)
 
     # -- the steps behind them -----------------------------------------------------------------------------------
 
@@ -339,6 +341,17 @@ class ATPCallback(TrainerCallback):
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self._resume_from or args.resume_from_checkpoint
         return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
+
+    def _about(self, state: TrainerState, model: nn.Module) -> About:
+        """For the model card: the settings, and the last evaluation, where it saw the final decision."""
+        frozen_at = self.learner.frozen_at
+        losses = [entry for entry in state.log_history if "eval_loss" in entry]
+        results = [
+            Result("evaluation set", "loss", entry["eval_loss"], f"before the export, step {entry['step']}")
+            for entry in losses[-1:]
+            if frozen_at is not None and entry["step"] > frozen_at
+        ]
+        return About(causal_lm(model).name_or_path, settings={"atp": chosen(self.config)}, results=tuple(results))
 
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
         final, adapters = Path(args.output_dir) / "final", _gathered_adapters(model)

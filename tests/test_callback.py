@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from atp import ATPCallback, load
-from atp.commands.models import load_model
 from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
 from atp.layers import attach, attachment_of
+from atp.models import load_model
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer, is_quantised

@@ -6,10 +6,13 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from atp.cli import build_parser, main
 from atp.commands.output import write_json
@@ -182,6 +185,47 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "eval.json")]) == 0
     first, second = json.loads((tmp_path / "eval.json").read_text())["models"]
     assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
+
+
+def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    measured = json.loads((run / "metrics.json").read_text())["validation"]["perplexity"]
+    card = ModelCard.load(run / "pruned" / "README.md")
+    assert [(r.dataset_name, r.metric_value) for r in card.data.eval_results] == [
+        ("validation.jsonl", round(measured, 4))
+    ]
+    assert str(tmp_path) not in str(card)
+
+    out, found = tmp_path / "adapter", tmp_path / "found.json"
+    assert main(["export", str(run), str(out), "--format", "adapter", "--json", str(found)]) == 0
+    after = json.loads(found.read_text())["parameters_after"]
+    assert after == json.loads((run / "metrics.json").read_text())["pruned"]["parameters"]
+    assert {f.name for f in out.iterdir()} == {"base", "adapter"}
+    assert ModelCard.load(out / "adapter" / "README.md").data.eval_results[0].metric_value == round(measured, 4)
+
+    def write_gguf(folder, out, dtype, *, overwrite):
+        asked.append((sorted(f.name for f in Path(folder).iterdir()), dtype, overwrite))
+        Path(out).write_bytes(b"GGUF")
+        return Path(out)
+
+    asked = []
+    monkeypatch.setitem(sys.modules, "atp.export.gguf", SimpleNamespace(write_gguf=write_gguf))
+    file = tmp_path / "model.gguf"
+    assert main(["export", str(run), str(file), "--format", "gguf", "--dtype", "q8_0", "--json", str(found)]) == 0
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= set(asked[0][0])
+    assert asked[0][1:] == ("q8_0", False)
+    results = json.loads(found.read_text())
+    assert (results["bytes"], results["dtype"], results["parameters_after"]) == (4, "q8_0", after)
+    assert main(["export", str(run / "pruned"), str(file), "--format", "gguf", "--overwrite"]) == 0
+    assert asked[1][1:] == ("f16", True)
+    assert not list(tmp_path.glob(".model.gguf*"))
+
+    assert "exists" in refused(capsys, "export", run, file, "--format", "gguf")
+    assert "ends in .gguf" in refused(capsys, "export", run, tmp_path / "out", "--format", "gguf")
+    assert "--dtype is for --format gguf" in refused(capsys, "export", run, tmp_path / "out", "--dtype", "f16")
+    assert "invalid choice: 'onnx'" in refused(capsys, "export", run, tmp_path / "out", "--format", "onnx")
+    assert "no final/adapter_config.json" in refused(capsys, "export", run / "pruned", tmp_path / "out")
 
 
 def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):

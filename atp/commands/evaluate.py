@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 from typing import Any
 
-from atp.commands.models import load_model, load_tokenizer, to_best_device
+from atp.commands.models import to_best_device
 from atp.commands.output import print_table, write_json
 from atp.data import make_windows, read_rows
 from atp.errors import ConfigError
 from atp.evaluation import count_parameters, perplexity
+from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
 from atp.report import Spread, spread
 

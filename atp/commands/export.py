@@ -1,26 +1,41 @@
-"""`atp export RUN OUT`: a finished run's adapter and decision -> a smaller dense model in a folder of its own."""
+"""`atp export RUN OUT`: a finished run's adapter and decision -> a smaller model, in the format that its user needs."""
 
 import argparse
-import json
+import importlib
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
-from atp.callback import restore
-from atp.commands.models import load_model, load_tokenizer
+from atp.commands.about import about_run
+from atp.commands.models import load_shell
 from atp.commands.output import print_table, write_json
-from atp.errors import CheckpointError
+from atp.errors import ATPError, CheckpointError, ConfigError
 from atp.evaluation import count_parameters, folder_bytes
-from atp.export import export
-from atp.recipe import ModelSettings, Recipe
+from atp.export import export, export_adapter
+from atp.export.card import About
+from atp.loading import adapter_folder, base_of, load
+from atp.models import load_tokenizer
+
+FORMATS = ("hf", "gguf", "adapter")
+DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser("export", help="write the pruned model of a finished run")
     parser.add_argument("run_dir", metavar="RUN", help="output folder of `atp train`, or its final/ folder")
-    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("out", metavar="OUT", help="folder to write; a file for gguf")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="hf",
+        help="hf: a Hugging Face folder, LoRA merged (the default); gguf: one file for llama.cpp, where RUN may be an "
+        "exported folder; adapter: OUT/base and, as a PEFT adapter on it, OUT/adapter",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of a gguf's matrices; f16 where left out")
     parser.add_argument("--base", help="base model, where the run does not say or it has moved")
     parser.add_argument("--gguf-file", help="GGUF file inside --base")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -29,48 +44,70 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Load base, adapter and decision, and export."""
-    final = final_folder(Path(arguments.run_dir))
-    base = _base(arguments, final)
-    out = Path(arguments.out)
-    if out.exists() and not arguments.overwrite:
-        raise CheckpointError(f"{out} exists: choose another folder or give --overwrite")
-    tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
-    model = PeftModel.from_pretrained(load_model(base.name_or_path, base.gguf_file, base.dtype, base.bits), str(final))
-    before = count_parameters(model.get_base_model()) - _adapter_parameters(model)
-    restore(model, final)
-    export(model, out, processing_class=tokenizer, overwrite=arguments.overwrite)
-    after = count_parameters(load_model(str(out)))
-    results = {"run": str(final), "out": str(out), "parameters_before": before, "parameters_after": after}
-    results["bytes"] = folder_bytes(out)
+    """Load base, adapter and decision, and export; or only convert what has been exported."""
+    source, out = Path(arguments.run_dir), Path(arguments.out)
+    _check(arguments, out)
+    adapter = adapter_folder(source)
+    if adapter is None and arguments.format == "gguf" and (source / "config.json").is_file():
+        results = {"run": str(source), **_convert(source, out, arguments)}
+    elif adapter is None:
+        also = ", or an exported folder" if arguments.format == "gguf" else ""
+        raise CheckpointError(f"{source}: no final/adapter_config.json: give the output folder of a finished run{also}")
+    else:
+        results = {"run": str(adapter), **_export(arguments, adapter, out)}
+    results["bytes"] = out.stat().st_size if out.is_file() else folder_bytes(out)
     print_table(str(out), ("", "value"), list(results.items()))
     if arguments.json:
         write_json(arguments.json, results)
 
 
-def final_folder(run_dir: Path) -> Path:
-    """Where the adapter of a run lies.
-
-    Raises:
-        CheckpointError: where there is none.
-    """
-    for folder in (run_dir / "final", run_dir):
-        if (folder / "adapter_config.json").is_file():
-            return folder
-    raise CheckpointError(f"{run_dir}: no final/adapter_config.json: give the output folder of a finished run")
+def _check(arguments: argparse.Namespace, out: Path) -> None:
+    if arguments.dtype and arguments.format != "gguf":
+        raise ConfigError("--dtype is for --format gguf: other formats keep the base model's dtype: leave it out")
+    if arguments.format == "gguf" and (out.suffix != ".gguf" or out.is_dir()):
+        raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
+    if out.exists() and not arguments.overwrite:
+        raise CheckpointError(f"{out} exists: choose another name or give --overwrite")
 
 
-def _base(arguments: argparse.Namespace, final: Path) -> ModelSettings:
-    """Base model by the command line, else by the run's recipe, else by the adapter."""
-    if arguments.base:
-        return ModelSettings(arguments.base, arguments.gguf_file)
-    recipe = final.parent / "recipe.yaml"
-    if recipe.is_file():
-        return Recipe.from_yaml(recipe).model
-    name = json.loads((final / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise CheckpointError(f"{final}: does not say which model it tuned: give --base MODEL")
-    return ModelSettings(name, arguments.gguf_file)
+def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str, Any]:
+    base = base_of(adapter, arguments.base, arguments.gguf_file)
+    tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
+    model = load(adapter, base=arguments.base, gguf_file=arguments.gguf_file)
+    before = count_parameters(model.get_base_model()) - _adapter_parameters(model)
+    about = about_run(adapter.parent, base)
+    written = {"out": str(out), "parameters_before": before}
+    if arguments.format == "gguf":
+        return written | _gguf(model, out, tokenizer, about, arguments)
+    writes = export_adapter if arguments.format == "adapter" else export
+    writes(model, out, processing_class=tokenizer, overwrite=arguments.overwrite, about=about)
+    pruned = out / "base" if arguments.format == "adapter" else out
+    return written | {"parameters_after": _parameters(pruned)}
+
+
+def _gguf(
+    model: PeftModel, out: Path, tokenizer: PreTrainedTokenizerBase, about: About, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """By way of a Hugging Face folder beside `out`, which goes again."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as beside:
+        folder = export(model, Path(beside) / out.stem, processing_class=tokenizer, about=about)
+        return {"parameters_after": _parameters(folder)} | _convert(folder, out, arguments)
+
+
+def _convert(folder: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        writer = importlib.import_module("atp.export.gguf")
+    except ImportError as error:
+        raise ATPError(f"gguf cannot be written here ({error}): pip install 'atp[gguf]'") from None
+    dtype = arguments.dtype or "f16"
+    writer.write_gguf(folder, out, dtype, overwrite=arguments.overwrite)
+    return {"out": str(out), "dtype": dtype}
+
+
+def _parameters(folder: Path) -> int:
+    """Of an exported folder, whose weights are not loaded for it."""
+    return count_parameters(load_shell(str(folder)))
 
 
 def _adapter_parameters(model: PeftModel) -> int:

@@ -23,13 +23,15 @@ from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.callback import ATPCallback, save_adapters
+from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import RunData, load_data
 from atp.commands.measurement import PeakMemoryCallback, model_cost
-from atp.commands.models import computes_in_bf16, load_model, load_tokenizer, to_best_device
+from atp.commands.models import computes_in_bf16, to_best_device
 from atp.commands.output import flatten, print_table, write_json, write_text
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
 from atp.evaluation import folder_bytes, perplexity, score_task
+from atp.models import load_model, load_tokenizer
 from atp.recipe import Recipe
 from atp.structure.sharding import is_sharded
 from atp.training.state import set_aside_unfinished
@@ -100,6 +102,8 @@ def run(arguments: argparse.Namespace) -> None:
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         }
         write_json(Path(recipe.output_dir) / "metrics.json", results)
+        if pruning and recipe.atp and recipe.atp.export:
+            rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
         print_table(recipe.output_dir, ("", "value"), flatten(results))
         if arguments.json:
             write_json(arguments.json, results)

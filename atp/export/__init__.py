@@ -1,9 +1,11 @@
 """Removing what was pruned: compaction, exported folders, and loading them again."""
 
+from atp.export.adapter import export_adapter
+from atp.export.card import About, Result
 from atp.export.folder import export
 from atp.export.loading import load
 from atp.export.registration import register
 
-__all__ = ["export", "load", "register"]
+__all__ = ["About", "Result", "export", "export_adapter", "load", "register"]
 
 register()

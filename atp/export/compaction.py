@@ -44,19 +44,22 @@ class CompactTensors:
 
     Args:
         masks: a hard decision, per group set `(size,)` of zeros and ones.
+        adapters: merge the active ones; without, the base as it is under them.
 
     Attributes:
         names: state-dict names, those of one module side by side.
     """
 
-    def __init__(self, lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], *, adapters: bool = True
+    ) -> None:
         kept = {name: torch.nonzero(mask.detach().cpu()).flatten() for name, mask in masks.items()}
         self._kept, self._indices = kept, _feature_indices(kept)
         self._linears = {linear.path: linear for linear in space.linears}
         self._norms = {norm.path: norm for norm in space.norms}
         self._source_scale = {norm.source: _rms_ratio(norm.axis, kept) for norm in space.norms}
         self._dtype = _rest_dtype(lm)
-        self._modules = dict(_modules(lm, ""))
+        self._modules = dict(_modules(lm, "", adapters))
         self._cuts = stream_cuts(lm, space, masks)
         self._selections = _selections(space, kept)
         new_name = Remaining(space, masks).new_name
@@ -96,11 +99,17 @@ class CompactTensors:
         module = base_layer(self._modules[path])
         return self._dtype if is_quantised(module) else _own_tensors(module)[own].dtype
 
+    def sides(self, path: str) -> tuple[Tensor | None, Tensor | None, float]:
+        """Rows and columns that stay of a linear layer, None where all do, and what its rows are scaled by."""
+        linear = self._linears.get(path)
+        if linear is None:
+            return None, None, 1.0
+        return self._indices(linear.rows), self._indices(linear.cols), self._source_scale.get(path, 1.0)
+
     def _made(self, path: str) -> dict[str, Tensor]:
         module = self._modules[path]
         if path in self._linears:
-            linear, scale = self._linears[path], self._source_scale.get(path, 1.0)
-            rows, cols = self._indices(linear.rows), self._indices(linear.cols)
+            rows, cols, scale = self.sides(path)
             if is_plain(module):
                 own = _scaled(_merged_plain(module, path, rows, cols), scale)
             else:
@@ -170,15 +179,15 @@ def _rest_dtype(lm: PreTrainedModel) -> torch.dtype:
     return lm.get_input_embeddings().weight.dtype
 
 
-def _modules(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+def _modules(module: nn.Module, path: str, adapters: bool) -> Iterator[tuple[str, nn.Module]]:
     """Every module that holds tensors, under the path it has without adapters; an adapter's is one with its base."""
     if isinstance(module, AuxiliaryTrainingWrapper):
-        module = _active_module(module, path)
-    yield path, module
+        module = _active_module(module, path) if adapters else module.original_module
+    yield path, module if adapters else base_layer(module)
     if isinstance(module, BaseTunerLayer):
         return
     for name, child in module.named_children():
-        yield from _modules(child, f"{path}.{name}" if path else name)
+        yield from _modules(child, f"{path}.{name}" if path else name, adapters)
 
 
 def _names(module: nn.Module) -> list[str]:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from atp.errors import ATPError, UnsupportedModelError
+from atp.export.card import About, write_card
 from atp.export.compaction import CompactTensors
 from atp.export.layout import empty_model
 from atp.files import written_by_one
-from atp.layers import attachment_of
+from atp.layers import Attachment, attachment_of
 from atp.structure.sharding import settle
 from atp.structure.space import Space
 from atp.weights import write_weights
@@ -29,6 +30,7 @@ def export(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     overwrite: bool = False,
     writes: bool = True,
+    about: About | None = None,
 ) -> Path:
     """Save the smaller dense model that `model` computes under its masks; `model` itself does not change.
 
@@ -43,6 +45,7 @@ def export(
         processing_class: a tokenizer to save along.
         overwrite: replace `out` if it exists, once the new folder is complete.
         writes: False where another process writes, and this one brings its parts.
+        about: what the folder's README.md says of the run; without, it says what `model` tells.
 
     Returns:
         The folder written.
@@ -51,25 +54,58 @@ def export(
         ATPError: where `model` is not attached, `masks` is not a hard decision, or `out` exists.
         CheckpointError: where writing failed; nothing is left behind, and an old `out` stays as it was.
     """
+    attachment, decision = attached_decision(model, masks)
+    out = free_place(out, overwrite or not writes)
+    settle(attachment.lm)
+    with written_by_one(out, writes) as folder:
+        write_model(attachment.lm, attachment.space, decision, folder, processing_class)
+        if folder is not None:
+            write_card(folder, about or About(base=attachment.lm.name_or_path))
+    return out
+
+
+def attached_decision(model: nn.Module, masks: Mapping[str, Tensor] | None) -> tuple[Attachment, dict[str, Tensor]]:
+    """What `model` is attached to, and the decision to export on the CPU: `masks`, or the one in force.
+
+    Raises:
+        ATPError: where `model` is not attached, or `masks` is not a hard decision.
+    """
     attachment = attachment_of(model)
     if attachment is None:
         raise ATPError("this model has no masks attached: train with ATPCallback or call atp.layers.attach first")
     decision = attachment.decision() if masks is None else {name: m.detach().cpu() for name, m in masks.items()}
     _check_decision(attachment.space, decision)
+    return attachment, decision
+
+
+def free_place(out: str | Path, overwrite: bool) -> Path:
+    """`out`, absolute.
+
+    Raises:
+        ATPError: where it exists and may not be overwritten.
+    """
     out = Path(out).absolute()
-    if writes and out.exists() and not overwrite:
+    if out.exists() and not overwrite:
         raise ATPError(f"{out} exists: choose another folder or pass overwrite=True")
-    settle(attachment.lm)
-    with written_by_one(out, writes) as folder:
-        _save(attachment.lm, attachment.space, decision, folder)
-        if processing_class is not None and folder is not None:
-            processing_class.save_pretrained(folder)
     return out
 
 
-def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder: Path | None) -> None:
-    """As `save_pretrained` of the smaller model, whose tensors are made as they are written."""
-    shell, tensors = empty_model(lm, space, masks), CompactTensors(lm, space, masks)
+def write_model(
+    lm: PreTrainedModel,
+    space: Space,
+    masks: Mapping[str, Tensor],
+    folder: Path | None,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    *,
+    adapters: bool = True,
+) -> None:
+    """As `save_pretrained` of the smaller model, whose tensors are made as they are written.
+
+    Args:
+        folder: None where another process writes, and this one brings its parts.
+        adapters: merge the active ones; without, the base as it is under them.
+    """
+    shell, tensors = empty_model(lm, space, masks), CompactTensors(lm, space, masks, adapters=adapters)
     head, embedding = shell.get_output_embeddings(), shell.get_input_embeddings()
     if head is not None and head.weight is embedding.weight and not _still_tied(shell, tensors):
         shell.config.tie_word_embeddings = False
@@ -93,6 +129,8 @@ def _save(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor], folder
         return torch.zeros(shapes[name], dtype=biases[name]) if name in biases else tensors[name]
 
     write_weights(folder, {name: tensor for name, tensor in plan.items() if name in own}, make)
+    if processing_class is not None and folder is not None:
+        processing_class.save_pretrained(folder)
 
 
 def _zero_biases(shell: PreTrainedModel, tensors: CompactTensors) -> dict[str, torch.dtype]:

@@ -1,15 +1,19 @@
 """What the exported model is: a stock class where its own config can say the sizes, a ragged one otherwise.
 
 The result is an empty model on the meta device, its config complete with an `atp` entry:
-`{"format", "space", "sparsity", "parameters": {"before", "after"}}`, and `"blocks"` where it is ragged (see
-`modeling_atp`).
+`{"format", "space", "sparsity", "widths": {kind: {"full", "least", "most"}}, "parameters": {"before", "after"}}`, and
+`"blocks"` where it is ragged (see `modeling_atp`).
+
+Of a model that was exported and pruned again, all of it is said from the stock model's sizes: `sparsity` is the share
+of the original's prunable parameters that is gone, and `"runs": [{"space", "sparsity"}, ...]` says what each run took
+of what it was given.
 
 Ragged sizes are not written as transformers' own `per_layer_config`, whose modelling half (transformers#45332) is not
-in 5.19 or 5.23, for all but models written for it, none of them ours. There, for Llama: `intermediate_size` per layer means what it
-would mean here, is kept and saved, and makes every read of `config.intermediate_size` raise, in our class and in
-other tools as in the stock one; the way out, `allow_global_per_layer_attribute_access`, is saved along and makes the stock class build full-size
-blocks. Head counts are refused when the config is made. `skip` is accepted, and ignored without a word.
-`tests/consumers/test_per_layer_config.py` notices when that changes.
+in 5.19 or 5.23, for all but models written for it, none of them ours. There, for Llama: `intermediate_size` per layer
+means what it would mean here, is kept and saved, and makes every read of `config.intermediate_size` raise, in our class
+and in other tools as in the stock one; the way out, `allow_global_per_layer_attribute_access`, is saved along and makes
+the stock class build full-size blocks. Head counts are refused when the config is made. `skip` is accepted, and
+ignored without a word. `tests/consumers/test_per_layer_config.py` notices when that changes.
 """
 
 import copy
@@ -24,13 +28,13 @@ from atp.errors import UnsupportedModelError
 from atp.export import modeling_atp
 from atp.export.compaction import SELECTIONS
 from atp.export.remaining import Remaining, kept_counts
-from atp.structure.discovery import Block, plain_config
+from atp.structure.discovery import Block, is_ragged, plain_config
 from atp.structure.families import PER_BLOCK_SETTINGS
 from atp.structure.live import base_layer
-from atp.structure.space import HIDDEN, KV, MLP, Space
+from atp.structure.space import HIDDEN, KV, MLP, SWITCHES, WHOLE_BLOCK, Space
 
 FORMAT = 1
-NOT_CARRIED = ("quantization_config", "auto_map", "architectures")
+NOT_CARRIED = ("quantization_config", "auto_map", "architectures", "atp")
 """Config entries that describe the live model's storage or code, not the exported model."""
 
 
@@ -40,24 +44,83 @@ def empty_model(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
     Raises:
         UnsupportedModelError: where the model needs a ragged class and its own is not one of transformers'.
     """
-    source = _source_config(lm)
+    source, earlier, stock_class = _source_config(lm), _earlier(lm), _stock_class(lm)
     with torch.device("meta"):
-        stock = type(lm)(source)
-    added, source = _added_biases(lm, stock, space), _shortened(source, Remaining(space, masks).blocks)
-    hidden_size = _hidden_size(space, masks)
-    if is_plain(space, masks) and not added:
+        stock = stock_class(stock_class.config_class.from_dict(source.to_dict()))
+    added, left = _added_biases(lm, stock, space), Remaining(space, masks).blocks
+    source, hidden_size = _shortened(source, left), _hidden_size(space, masks)
+    if is_plain(space, masks) and not added and not is_ragged(lm.config):
         config, model_class, blocks = _plain_config(source, space, masks, hidden_size), type(lm), None
     else:
-        model_class = _pruned_class(type(lm))
+        model_class = _pruned_class(stock_class)
         own = {"hidden_size": hidden_size, "head_dim": space.structure.blocks[0].attention.head_dim}
         config = model_class.config_class.from_dict(source.to_dict() | (own if space.stream is not None else {}))
-        blocks = _blocks(space, masks, added)
-    entry = {"format": FORMAT, "space": space.name, "sparsity": round(space.sparsity(masks), 6)}
-    config.atp = entry | ({"blocks": blocks} if blocks else {})
+        blocks = _composed(earlier.get("blocks"), _blocks(space, masks, added), left)
+    config.atp = _entry(space, masks, earlier) | ({"blocks": blocks} if blocks else {})
     with torch.device("meta"):
         model = model_class(config)
-    config.atp["parameters"] = {"before": stock.num_parameters(), "after": model.num_parameters()}
+    before = earlier["parameters"]["before"] if earlier else stock.num_parameters()
+    config.atp["parameters"] = {"before": before, "after": model.num_parameters()}
     return model
+
+
+def _earlier(lm: PreTrainedModel) -> dict[str, Any]:
+    """The entry of a model that was pruned before, else an empty one."""
+    entry: Any = getattr(lm.config, "atp", None) or {}
+    try:
+        whole = not entry or (0.0 <= entry["sparsity"] < 1.0 <= entry["parameters"]["before"] and "space" in entry)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UnsupportedModelError(
+            f"{type(lm).__name__}: the `atp` entry of its config does not say what was pruned: export it again, or "
+            "remove the entry"
+        )
+    return entry
+
+
+def _entry(space: Space, masks: Mapping[str, Tensor], earlier: dict[str, Any]) -> dict[str, Any]:
+    """What was done, from the stock model's sizes.
+
+    Args:
+        earlier: the entry of the model that was pruned; empty where it had not been pruned before.
+    """
+    sparsity = round(space.sparsity(masks), 6)
+    entry: dict[str, Any] = {"format": FORMAT, "space": space.name, "sparsity": sparsity}
+    if earlier:
+        runs = earlier.get("runs") or [{"space": earlier["space"], "sparsity": earlier["sparsity"]}]
+        entry["sparsity"] = round(1.0 - (1.0 - earlier["sparsity"]) * (1.0 - sparsity), 6)
+        entry["runs"] = [*runs, {"space": space.name, "sparsity": sparsity}]
+    return entry | {"widths": dict(earlier.get("widths", {})) | _widths(space, masks, earlier.get("widths", {}))}
+
+
+def _widths(space: Space, masks: Mapping[str, Tensor], earlier: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """What there was and is of each kind of group, in the blocks that are left, and of blocks."""
+    full, kept = kept_counts(space, masks)
+    sizes = {kind: (max(full[kind]), min(kept[kind]), max(kept[kind])) for kind in kept}
+    if space.stream is not None:
+        sizes[HIDDEN] = (space.structure.hidden_size, *2 * (_hidden_size(space, masks),))
+    if any(kind in SWITCHES for kind in space.kinds):
+        sizes[WHOLE_BLOCK] = (len(space.structure.blocks), *2 * (len(Remaining(space, masks).blocks),))
+    return {
+        kind: {"full": earlier[kind]["full"] if kind in earlier else size, "least": least, "most": most}
+        for kind, (size, least, most) in sizes.items()
+    }
+
+
+def _composed(earlier: dict[str, Any] | None, later: dict[str, Any], left: list[int]) -> dict[str, Any]:
+    """The table from stock sizes, of what `later` made of blocks that had been cut as `earlier` says.
+
+    Args:
+        left: which of those blocks are left.
+    """
+    if earlier is None:
+        return later
+    full, kept = ({kind: [c[i] for i in left] for kind, c in earlier[name].items()} for name in ("full", "kept"))
+    paths = earlier["linears"] | later["linears"]
+    linears = {path: earlier["linears"].get(path, {}) | later["linears"].get(path, {}) for path in paths}
+    composed = {name: earlier[name] | later[name] for name in ("norms", "selections")}
+    return later | composed | {"full": later["full"] | full, "kept": kept | later["kept"], "linears": linears}
 
 
 def is_plain(space: Space, masks: Mapping[str, Tensor]) -> bool:
@@ -99,6 +162,11 @@ def _added_biases(lm: PreTrainedModel, stock: PreTrainedModel, space: Space) -> 
         for linear in space.linears
         if base_layer(lm.get_submodule(linear.path)).bias is not None and stock.get_submodule(linear.path).bias is None
     }
+
+
+def _stock_class(lm: PreTrainedModel) -> type[PreTrainedModel]:
+    """The family's own class, which a ragged one is a subclass of."""
+    return type(lm).__base__ if is_ragged(lm.config) else type(lm)  # type: ignore[return-value]
 
 
 def _source_config(lm: PreTrainedModel) -> PreTrainedConfig:

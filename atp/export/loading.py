@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -19,11 +20,14 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     path = Path(path)
     _check_config(path)
+    _check_index(path)
+    arguments = {"output_loading_info": True, "use_safetensors": True} | kwargs
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+        model, found = AutoModelForCausalLM.from_pretrained(path, **arguments)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path}: weights cannot be read ({reason}): export the model again") from error
+        raise CheckpointError(f"{path}: weights cannot be read ({_reason(error)}): export the model again") from error
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"{path}: cannot be loaded ({_reason(error)}): export the model again") from error
     for what in ("missing_keys", "mismatched_keys"):
         if found[what]:
             names = sorted(str(name) for name in found[what])
@@ -31,6 +35,24 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                 f"{path}: {len(names)} {what.replace('_', ' ')}, first {names[0]}: export the model again"
             )
     return model
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _check_index(path: Path) -> None:
+    """Weights lie in the folder itself: an index must not lead elsewhere."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({_reason(error)}): export the model again") from None
+    for name in names:
+        if not (isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")):
+            raise CheckpointError(f"{index}: {name!r} is no weight file of this folder: export the model again")
 
 
 def _check_config(path: Path) -> None:

@@ -45,6 +45,8 @@ def __getattr__(name: str) -> type:
     if not name.startswith(PREFIX):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     stock = getattr(transformers, name.removeprefix(PREFIX))
+    if not (isinstance(stock, type) and issubclass(stock, (PreTrainedConfig, PreTrainedModel))):
+        raise AttributeError(f"{name.removeprefix(PREFIX)} is no model or config of transformers")
     globals()[name] = _config_class(stock) if issubclass(stock, PreTrainedConfig) else _model_class(stock)
     return globals()[name]
 
@@ -60,10 +62,17 @@ def _model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def init(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         stock.__init__(self, config)
-        resize(self, config.atp["blocks"])
+        entry = getattr(config, "atp", None)
+        resize(self, entry.get("blocks") if isinstance(entry, dict) else None)
+
+    def from_pretrained(cls: type[PreTrainedModel], *args: Any, **kwargs: Any) -> Any:
+        loaded = stock.from_pretrained.__func__(cls, *args, **kwargs)
+        _check_indices(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     body = {
         "__init__": init,
+        "from_pretrained": classmethod(from_pretrained),
         "__module__": __name__,
         "_auto_class": "AutoModelForCausalLM",
         "config_class": config_class,
@@ -71,8 +80,9 @@ def _model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"{PREFIX}{stock.__name__}", (stock,), body)
 
 
-def resize(model: PreTrainedModel, layout: dict) -> None:
+def resize(model: PreTrainedModel, layout: Any) -> None:
     """Give every block of a stock `model` its own sizes, in place; module names stay those of the family."""
+    _check_layout(model, layout)
     for index, block in enumerate(model.get_submodule(layout["container"])):
         kept = {kind: counts[index] for kind, counts in layout["kept"].items()}
         full = {kind: counts[index] for kind, counts in layout["full"].items()}
@@ -106,6 +116,61 @@ def resize(model: PreTrainedModel, layout: dict) -> None:
             _select_residual(block.get_submodule(path), kept[read], kept[written], full[written])
         if layout["selections"] and _is_like_llamas(block):
             block.forward = MethodType(forward, block)
+
+
+def _check_layout(model: PreTrainedModel, layout: Any) -> None:
+    """Raise a ValueError of one line where a checkpoint's layout does not fit the stock model it is about."""
+    try:
+        blocks, full, kept = model.get_submodule(layout["container"]), layout["full"], layout["kept"]
+        _require(isinstance(blocks, nn.ModuleList) and len(blocks) > 0, "container", layout["container"])
+        for kind in full.keys() | kept.keys():
+            _require(len(full[kind]) == len(kept[kind]) == len(blocks), "counts per block of", kind)
+            pairs = zip(full[kind], kept[kind], strict=True)
+            valid = all(type(f) is type(k) is int and 0 <= k <= f and f > 0 for f, k in pairs)
+            _require(valid and (0 not in kept[kind] or kind in ("kv", "mlp")), "counts of", kind)
+        for index, block in enumerate(blocks):
+            _check_block(model, dict(block.named_modules()), {kind: full[kind][index] for kind in full}, layout)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"config.json: atp.blocks is not a layout of {type(model).__name__} ({error!r})") from None
+
+
+def _check_block(model: PreTrainedModel, modules: dict[str, Any], full: dict[str, int], layout: dict) -> None:
+    """Every path is that of such a module, and groups of equal size make up every side that they own."""
+    for part in ("attention", "mlp")[: 1 + ("mlp" in layout)]:
+        _require(layout[part] in modules, part, layout[part])
+    for path, owner in layout["linears"].items():
+        linear = modules[path]
+        _require(isinstance(linear, nn.Linear) and set(owner) <= {"rows", "cols"}, "linear layer", path)
+        for side, features in (("rows", linear.out_features), ("cols", linear.in_features)):
+            _require(side not in owner or features % full[owner[side]] == 0, f"{side} of", path)
+    for path in layout.get("biases", ()):
+        _require(isinstance(modules[path], nn.Linear), "bias", path)
+    for path, kind in layout["norms"].items():
+        _require(modules[path].weight.ndim == 1 and len(modules[path].weight) % full[kind] == 0, "norm", path)
+    if "kv" in full:
+        _require(model.config.num_attention_heads % full["kv"] == 0, "counts of", "kv")
+    for path, kinds in layout["selections"].items():
+        sizes = {full[kind] for kind in kinds}
+        _require(path in modules and len(kinds) == 2 and sizes == {model.config.hidden_size}, "selection", path)
+
+
+def _require(holds: bool, what: str, which: object) -> None:
+    if not holds:
+        raise ValueError(f"config.json: atp.blocks: the {what} {which!r} cannot be used with this model")
+
+
+def _check_indices(model: PreTrainedModel) -> None:
+    """Raise a ValueError of one line where dimensions that a block reads or writes are not ascending ones it has."""
+    layout = model.config.atp["blocks"]
+    for index, block in enumerate(model.get_submodule(layout["container"])):
+        for path in layout["selections"]:
+            size = block.get_submodule(path).residual_size
+            for name in ("residual_in", "residual_out"):
+                chosen = block.get_submodule(path).get_buffer(name)
+                if chosen.is_meta or len(chosen) == 0:
+                    continue
+                if chosen[0] < 0 or chosen[-1] >= size or not (chosen.diff() > 0).all():
+                    raise ValueError(f"block {index}: {path}.{name} holds no ascending dimensions below {size}")
 
 
 def _shrink_linear(linear: nn.Linear, out_features: int, in_features: int) -> None:

@@ -115,10 +115,7 @@ def discover(model: nn.Module) -> Structure:
     """
     lm = causal_lm(model)
     config = lm.config
-    if getattr(config, "atp", None) is not None:
-        raise UnsupportedModelError(
-            f"{type(lm).__name__} was already pruned by atp (config.json has an `atp` entry): start from the original"
-        )
+    _refuse_pruned_otherwise(lm)
     stack = lm.base_model
     if stack is lm:
         raise UnsupportedModelError(f"{type(lm).__name__} is a bare decoder: load it with AutoModelForCausalLM")
@@ -133,12 +130,32 @@ def discover(model: nn.Module) -> Structure:
         for index in range(len(layers))
     )
     return Structure(
-        model_type=config.model_type,
+        model_type=_family(config),
         hidden_size=config.hidden_size,
         blocks=blocks,
-        plain_kv_heads=_plain_kv_heads(config, blocks),
+        plain_kv_heads=() if is_ragged(config) else _plain_kv_heads(config, blocks),
         stream=find_stream(lm, [(b.path, b.attention.path, b.mlp.path) for b in blocks], _hidden_step(config, blocks)),
     )
+
+
+def is_ragged(config: PretrainedConfig) -> bool:
+    """Whether the model was exported by atp with blocks of sizes of their own, in a subclass of its family's class."""
+    return bool((getattr(config, "atp", None) or {}).get("blocks"))
+
+
+def _family(config: PretrainedConfig) -> str:
+    """The family's model type; a subclass for uneven blocks has one of its own."""
+    return type(config).__base__.model_type if is_ragged(config) else config.model_type  # type: ignore[union-attr]
+
+
+def _refuse_pruned_otherwise(lm: PreTrainedModel) -> None:
+    """What was exported by atp can be pruned further where its blocks are whole layers of smaller sizes."""
+    entry = getattr(lm.config, "atp", None) or {}
+    if is_ragged(lm.config) and (entry.get("space") != "width" or entry["blocks"]["selections"]):
+        raise UnsupportedModelError(
+            f"{type(lm).__name__} was pruned in space {entry.get('space')!r}, which cannot be pruned again: start from "
+            "its base model and ask for the sparsity of both runs together; 'width' may be pruned in several runs"
+        )
 
 
 def plain_config(
@@ -166,7 +183,7 @@ def plain_config(
 def _plan(lm: PreTrainedModel, stack: Any) -> dict[str, str]:
     """Layer pattern -> style, from the config, else from our table."""
     config: PretrainedConfig = stack.config
-    plan = getattr(config, "base_model_tp_plan", None) or PLANS.get(config.model_type)
+    plan = getattr(config, "base_model_tp_plan", None) or PLANS.get(_family(config))
     if plan:
         return plan
     for name, module in stack.named_modules():

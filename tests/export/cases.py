@@ -60,10 +60,10 @@ def masked(model: torch.nn.Module, space_name: str, sparsity: float = SPARSITY) 
 
 
 @cache
-def exported(family: str, space_name: str) -> Case:
+def exported(family: str, space_name: str, sparsity: float = SPARSITY) -> Case:
     """Build, tune at random, mask, export and load."""
-    model = masked(families.with_lora(families.build(family)), space_name)
+    model = masked(families.with_lora(families.build(family)), space_name, sparsity)
     attachment = attachment_of(model)
     expected = families.logits(model)
-    folder = export(model, Path(FOLDERS.name) / family / space_name)
+    folder = export(model, Path(FOLDERS.name) / f"{family}-{sparsity}" / space_name)
     return Case(attachment.space, attachment.decision(), expected, folder, load(folder).eval())

@@ -6,11 +6,12 @@ Oracle: the live masked model's logits in training mode; in evaluation mode thes
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from atp.criteria import scores
 from atp.errors import UnsupportedModelError
-from atp.export import export, load
+from atp.export import export, export_adapter, load
 from atp.layers import attach
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
@@ -71,3 +72,12 @@ def test_scoring_weights_leaves_the_live_model_as_it_was(quantised, kind):
     expected = families.logits(model)
     scores.magnitude(space, attachment.modules)
     assert torch.equal(families.logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_on_quantised_layers_comes_with_an_unquantised_base(quantised, kind, tmp_path):
+    model = masked(quantised(KINDS[kind]), "width")
+    expected = families.logits(model)
+    folder = export_adapter(model, tmp_path / "out")
+    tuned = PeftModel.from_pretrained(load(folder / "base"), folder / "adapter").eval()
+    assert families.relative_error(families.logits(tuned), expected) <= 1e-5

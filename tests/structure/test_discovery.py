@@ -140,7 +140,21 @@ def test_other_modules_are_refused():
         discover(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("space", ["width", "uniform", "disp"])
-def test_an_exported_model_is_refused(space):
-    with pytest.raises(UnsupportedModelError, match="already pruned"):
-        discover(exported("llama", space).loaded)
+@pytest.mark.parametrize("space", ["width", "uniform"])
+@every_family
+def test_an_exported_model_is_found_with_the_sizes_it_has(family, space):
+    case = exported(family, space)
+    structure, original = discover(case.loaded), case.space.structure
+    assert structure.prunable_parameters == case.space.kept_parameters(case.space.kept_counts(case.masks)).item()
+    assert structure.model_type == original.model_type
+    assert [b.mlp.intermediate_size for b in structure.blocks] == [
+        case.masks[f"{b.index}.mlp"].sum() for b in original.blocks
+    ]
+    assert [b.attention.num_kv_heads for b in structure.blocks] == [
+        case.masks[f"{b.index}.kv"].sum() for b in original.blocks
+    ]
+
+
+def test_a_model_whose_blocks_see_a_part_of_the_residual_stream_is_refused():
+    with pytest.raises(UnsupportedModelError, match="space 'disp', which cannot be pruned again: start from its base"):
+        discover(exported("llama", "disp").loaded)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from atp.commands.datasets import load_data
-from atp.commands.models import load_shell, load_tokenizer
+from atp.commands.models import load_shell
 from atp.commands.output import flatten
 from atp.config import ATPConfig
 from atp.errors import ConfigError
+from atp.models import load_tokenizer
 from atp.recipe import Recipe
 from atp.strategies import DENSE, strategy_config
 from atp.structure.budget import target_parameters

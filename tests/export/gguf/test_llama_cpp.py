@@ -16,8 +16,8 @@ from atp.errors import UnsupportedModelError
 from atp.export import export, load
 from atp.export.gguf import write_gguf
 from atp.layers import attach
+from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.space import build_space
 from tests import families
 from tests.export.cases import masked
 from tests.export.gguf.cases import CASES, RAGGED, Folder, clear_steps, folder, greedy, save, tokenizer

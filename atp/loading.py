@@ -1,0 +1,87 @@
+"""`atp.load`: an exported folder as a model to use, or a run as a model to go on with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from atp.callback import restore
+from atp.errors import CheckpointError, ConfigError
+from atp.export.loading import load as load_exported
+from atp.models import load_model
+from atp.recipe import ModelSettings, Recipe
+from atp.training.state import FOLDER
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def load(
+    path: str | Path, *, base: str | None = None, gguf_file: str | None = None, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """The model that atp wrote to `path`.
+
+    An exported folder (`pruned/`) comes as `AutoModelForCausalLM.from_pretrained(path, **kwargs)` gives it: to use, to
+    tune, or to prune further with `ATPCallback`. Of a run's output folder (or its `final/`) comes what the run ended
+    with: a `PeftModel` on the base model, its adapter trainable and its decision in force, to be trained on under the
+    same masks, evaluated and exported. The folder of an adapter export comes as its adapter on its pruned base.
+
+    Args:
+        base, gguf_file: the base model of a run, where the run does not say or it has moved.
+        kwargs: of a run, `dtype` only; it and quantisation are the recipe's otherwise.
+
+    Raises:
+        CheckpointError: where a folder, its config, an adapter or weights are missing or damaged.
+        ModelError: where the base model cannot be loaded.
+        ConfigError: for arguments that do not fit what lies at `path`.
+    """
+    adapter = adapter_folder(Path(path))
+    if adapter is not None:
+        return _load_tuned(adapter, base_of(adapter, base, gguf_file), **kwargs)
+    if base is not None or gguf_file is not None:
+        raise ConfigError(f"base and gguf_file are for runs, and {path} is no run's folder: leave them out")
+    return load_exported(path, **kwargs)
+
+
+def adapter_folder(path: Path) -> Path | None:
+    """Where the adapter of a run, or of an adapter export, lies; None where there is none."""
+    return next((f for f in (path / "final", path / "adapter", path) if (f / _CONFIG).is_file()), None)
+
+
+def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None) -> ModelSettings:
+    """Base model as given, else by what lies beside the adapter (the run's recipe, a pruned base), else by itself.
+
+    Raises:
+        CheckpointError: where nothing says.
+    """
+    if base:
+        return ModelSettings(base, gguf_file)
+    if (adapter.parent / "recipe.yaml").is_file():
+        return Recipe.from_yaml(adapter.parent / "recipe.yaml").model
+    if (adapter.parent / "base" / "config.json").is_file():
+        return ModelSettings(str(adapter.parent / "base"))
+    try:
+        name = json.loads((adapter / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{adapter / _CONFIG} cannot be read ({error}): train or export again") from None
+    if not name:
+        raise CheckpointError(f"{adapter}: does not say which model it tuned: give base (on the command line, --base)")
+    return ModelSettings(name, gguf_file)
+
+
+def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs: Any) -> PeftModel:
+    if kwargs:
+        raise ConfigError(f"{next(iter(kwargs))} is not allowed for {adapter}: a run loads as its recipe says")
+    if not (adapter / _WEIGHTS).is_file():  # PEFT would ask the hub for them
+        raise CheckpointError(f"{adapter / _WEIGHTS} is missing: train or export again")
+    lm = load_model(base.name_or_path, base.gguf_file, dtype or base.dtype, base.bits)
+    try:
+        model = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{adapter}: does not fit {base.name_or_path} or is damaged ({reason})") from error
+    if (adapter / FOLDER).is_dir():
+        restore(model, adapter)
+    return model

@@ -1,0 +1,109 @@
+"""Loading what a user names: a hub name, a folder, or a GGUF file, with one-line errors where that fails."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from atp.errors import ATPError, ConfigError, ModelError
+
+
+def load_model(
+    name: str, gguf_file: str | None = None, dtype: str = "auto", bits: int | None = None
+) -> PreTrainedModel:
+    """The causal LM called `name`, on the CPU, in `dtype` (a GGUF is dequantised, `auto` meaning float32).
+
+    Args:
+        bits: 4 or 8 for linear layers quantised by bitsandbytes, on this process's GPU if there is one.
+
+    Raises:
+        ModelError: where nothing loadable is there.
+        ConfigError: where `bits` needs a package that is not installed.
+    """
+    name, gguf_file = split_gguf(name, gguf_file)
+    arguments: dict[str, Any] = {"dtype": dtype}
+    if bits is not None:
+        arguments["quantization_config"] = _quantised(bits, dtype)
+    if gguf_file:
+        arguments = {
+            "gguf_file": gguf_file,
+            "quantization_config": GgufConfig(dequantize=True),
+            "dtype": "float32" if dtype == "auto" else dtype,
+        }
+    return load_with(AutoModelForCausalLM, name, "model", arguments)
+
+
+def _quantised(bits: int, dtype: str) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"load_in_{bits}bit needs bitsandbytes: pip install 'atp[quantized]'")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    computes_in = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computes_in,
+    )
+
+
+def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name`; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        ModelError: where nothing loadable is there.
+    """
+    name, gguf_file = split_gguf(name, gguf_file)
+    tokenizer = load_with(AutoTokenizer, name, "tokenizer", {"gguf_file": gguf_file} if gguf_file else {})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def split_gguf(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """Folder and file of a name that ends in `.gguf`."""
+    if gguf_file is None and name.endswith(".gguf"):
+        return str(Path(name).parent), Path(name).name
+    return name, gguf_file
+
+
+def load_with(loader: Any, name: str, what: str, arguments: dict[str, Any]) -> Any:
+    """`loader.from_pretrained(name, **arguments)`, where what is missing or broken is one line.
+
+    Args:
+        what: what is loaded, in words.
+
+    Raises:
+        ModelError: where nothing loadable is there.
+    """
+    path = Path(name)
+    gguf_file = arguments.get("gguf_file")
+    if path.is_file():
+        raise ModelError(f"{name} is a file: give its folder, or a file ending in .gguf")
+    if gguf_file and (path.is_dir() or name.startswith((".", "/"))) and not (path / gguf_file).is_file():
+        raise ModelError(f"{path / gguf_file}: no such GGUF file: check the path")
+    if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise ModelError(f"{name}: no such folder: check the path")
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **arguments)
+    except ATPError:
+        raise
+    except Exception as error:  # loaders raise OSError, ValueError, KeyError, safetensors and hub errors alike
+        raise ModelError(
+            f"{name}: the {what} cannot be loaded, check the name and the network: {first_line(error)}"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

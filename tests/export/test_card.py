@@ -1,0 +1,148 @@
+"""Model cards of exported folders.
+
+Oracle: `huggingface_hub` reads the front matter back; the folder's config for the numbers; the code blocks are run.
+"""
+
+import copy
+import re
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import ModelCard, ModelCardData
+
+from atp.export import About, Result, export, export_adapter, load, provenance
+from tests import families
+from tests.export.cases import SPACES, exported, masked
+
+
+def tuned(space, name=""):
+    model = families.with_lora(families.build("llama"))
+    model.get_base_model().name_or_path = str(name)
+    return masked(model, space)
+
+
+def card_of(folder):
+    card = ModelCard.load(folder / "README.md")
+    assert str(card).startswith("---\n")
+    return card
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_numbers_are_those_of_the_folder(space, tmp_path):
+    folder = export(tuned(space), tmp_path / "out")
+    card = card_of(folder)
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    text = card.text
+    before = families.build("llama").num_parameters()
+    after = load(folder).num_parameters()
+    assert f"| parameters | {after:,} of {before:,} ({100 * (1 - after / before):.1f} % fewer) |" in text
+    assert "MLP channels, of each block" in text
+    assert ("residual dimensions read by attention" in text) == (space == "disp")
+    assert ("trust_remote_code=True" in text) == (space != "uniform")
+    assert ("import atp" in text) == (space != "uniform")
+    assert ("not possible" in text) == (space == "disp")
+    assert card.data.license is None
+    assert card.data.base_model is None
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_its_code_loads_the_folder(space, tmp_path):
+    folder = export(tuned(space), tmp_path / "out")
+    (code,) = re.findall(r"```python\n(.+?)```", card_of(folder).text, re.S)
+    assert "AutoTokenizer.from_pretrained" not in code  # none came along
+    found = {}
+    exec(code.replace("THIS_FOLDER", str(folder)), found)
+    assert found["model"].config.atp["parameters"]["after"] == found["model"].num_parameters()
+
+
+def test_licence_and_origin_are_the_bases_own(tmp_path):
+    base = tmp_path / "secret" / "some-base"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: mine\nbase_model: someone/model\n---\n# x\n")
+    card = card_of(export(tuned("uniform", base), tmp_path / "out"))
+    assert (card.data.license, card.data.license_name, card.data.base_model) == ("other", "mine", "someone/model")
+    assert "mine, as its card says" in card.text
+    assert "# some-base, " in card.text
+    assert "secret" not in str(card)
+
+
+@pytest.mark.parametrize("readme", [None, "no front matter", "---\nlicense: [\n---\n", "---\nlicense: 7\n---\n"])
+def test_a_base_that_states_no_licence_gives_none(readme, tmp_path):
+    base = tmp_path / "some-base"
+    base.mkdir()
+    if readme is not None:
+        (base / "README.md").write_text(readme)
+    card = card_of(export(tuned("uniform", base), tmp_path / "out"))
+    assert card.data.license is None
+    assert "name none" in card.text
+
+
+def test_what_the_run_knows_is_said(tmp_path):
+    about = About(
+        base=str(tmp_path / "gone" / "base"),
+        data=("/home/me/rows.jsonl", "someone/corpus"),
+        settings={"atp": {"sparsity": 0.4}},
+        results=(Result("held-out.jsonl", "perplexity", 12.345678, "held out"), Result("mmlu", "accuracy", 0.5)),
+    )
+    card = card_of(export(tuned("width"), tmp_path / "out", about=about))
+    assert card.data.datasets == ["someone/corpus"]
+    results = [(r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results]
+    assert results == [("held-out.jsonl", "perplexity", 12.3457), ("mmlu", "accuracy", 0.5)]
+    assert "| held-out.jsonl | perplexity | 12.35 | held out |" in card.text
+    assert "`rows.jsonl`, `someone/corpus`" in card.text
+    assert "/home/me" not in str(card)
+    assert "sparsity: 0.4" in card.text
+
+
+def test_a_base_for_adapters_and_its_adapter_have_cards_of_their_own(tmp_path):
+    about = About(results=(Result("held-out.jsonl", "perplexity", 12.0),))
+    folder = export_adapter(tuned("width"), tmp_path / "out", about=about)
+    base, adapter = card_of(folder / "base"), card_of(folder / "adapter")
+    assert (base.data.library_name, adapter.data.library_name) == ("transformers", "peft")
+    assert base.data.eval_results is None  # of the base under its adapter
+    assert adapter.data.eval_results[0].metric_value == 12.0
+    assert "a base for adapters" in base.text
+    (code,) = re.findall(r"```python\n(.+?)```", adapter.text, re.S)
+    found = {}
+    exec(code.replace('"base"', f'"{folder}/base"').replace('"adapter"', f'"{folder}/adapter"'), found)
+    assert found["model"].peft_config
+
+
+def test_what_was_pruned_twice_says_both(tmp_path):
+    model = masked(families.with_lora(copy.deepcopy(exported("llama", "uniform").loaded)), "width", 0.2)
+    text = card_of(export(model, tmp_path / "out")).text
+    assert re.search(r"\| pruned in \| 4\d\.\d % \(`width`\), then 20\.\d % \(`width`\) \|", text)
+
+
+def test_a_gguf_base_states_its_licence(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install 'atp[gguf]'")
+    writer = gguf.GGUFWriter(tmp_path / "Some-Model-F16.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    about = About(base=str(tmp_path), gguf_file="Some-Model-F16.gguf")
+    card = card_of(export(tuned("uniform"), tmp_path / "out", about=about))
+    assert card.data.license == "apache-2.0"
+    assert "apache-2.0, as `Some-Model-F16.gguf` says" in card.text
+    assert "# Some-Model-F16, " in card.text
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_model_is_asked_for_its_licence_once(answers, tmp_path, monkeypatch):
+    asked = []
+
+    def model_info(name, timeout):
+        asked.append((name, timeout))
+        if not answers:
+            raise ConnectionError("no network")
+        return SimpleNamespace(card_data=ModelCardData(license="mit"))
+
+    monkeypatch.setattr(provenance, "model_info", model_info)
+    monkeypatch.setattr(provenance.constants, "HF_HUB_OFFLINE", False)
+    name = f"someone/model-{answers}"
+    for number in range(2):
+        card = card_of(export(tuned("uniform", name), tmp_path / str(number)))
+    assert (card.data.base_model, card.data.license) == (name, "mit" if answers else None)
+    assert asked == [(name, 3.0)]
+    assert f"# {name}, " in card.text

@@ -1,0 +1,112 @@
+"""`atp.load` of a run, and going on from it.
+
+Oracle: the live masked model that the run ended with.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+from atp import export, load
+from atp.errors import CheckpointError, ConfigError, ModelError
+from atp.export import export_adapter
+from atp.layers import attachment_of
+from tests import families, runs, tiny
+
+IDS = torch.arange(2, 26).reshape(2, 12)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run's folder, the model it ended with, and the folder of its base model."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.model().save_pretrained(folder / "base")
+    run = runs.trainer(folder / "run", runs.config(sparsity=0.3, refit_rows=8), base=folder / "base")
+    run.train()
+    return folder / "run", run.model.eval(), folder / "base"
+
+
+def test_a_run_loads_as_the_model_it_ended_with(finished):
+    folder, live, _ = finished
+    for path in (folder, folder / "final"):
+        model = load(path).eval()
+        assert isinstance(model, PeftModel)
+        assert families.relative_error(logits(model), logits(live)) <= 1e-6
+    decision = attachment_of(live).decision()
+    assert all(torch.equal(mask, decision[name]) for name, mask in attachment_of(model).decision().items())
+
+
+def test_training_goes_on_under_the_same_decision(finished, tmp_path):
+    model = load(finished[0])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    decision = attachment_of(model).decision()
+    runs.trainer(tmp_path, None, model=model, max_steps=3).train()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert all(torch.equal(mask, decision[name]) for name, mask in attachment_of(model).decision().items())
+    exported = load(export(model, tmp_path / "out")).eval()
+    assert isinstance(exported, LlamaForCausalLM)
+    assert families.relative_error(logits(exported), logits(model.eval())) <= 1e-5
+
+
+def test_a_moved_base_is_asked_for(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    base = shutil.copytree(finished[2], tmp_path / "moved")
+    settings = json.loads((run / "final" / "adapter_config.json").read_text())
+    (run / "final" / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "/nowhere"}))
+    with pytest.raises(ModelError, match="/nowhere: no such folder"):
+        load(run)
+    assert families.relative_error(logits(load(run, base=str(base)).eval()), logits(finished[1])) <= 1e-6
+
+
+def test_a_run_without_pruning_loads_without_masks(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(run / "final" / "atp")
+    model = load(run)
+    assert attachment_of(model) is None
+    assert any(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_export_loads_where_it_has_been_moved_to(finished, tmp_path):
+    folder = export_adapter(finished[1], tmp_path / "out").rename(tmp_path / "moved")
+    model = load(folder)
+    assert attachment_of(model) is None
+    assert any(p.requires_grad for p in model.parameters())
+    assert families.relative_error(logits(model.eval()), logits(finished[1])) <= 1e-5
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "config", "state"])
+def test_a_damaged_run_is_one_line(finished, tmp_path, damage):
+    final = shutil.copytree(finished[0] / "final", tmp_path / "final")
+    weights = final / "adapter_model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "config":
+        (final / "adapter_config.json").write_text("{")
+    else:
+        (final / "atp" / "state.json").write_text("{")
+    with pytest.raises(CheckpointError) as caught:
+        load(final)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_do_not_fit_are_refused(finished):
+    with pytest.raises(ConfigError, match="device_map is not allowed"):
+        load(finished[0], device_map="cpu")
+    with pytest.raises(ConfigError, match="no run's folder"):
+        load(finished[0] / "pruned", base="x")
+    with pytest.raises(CheckpointError, match="not a folder"):
+        load(finished[0] / "nothing")
+    assert load(finished[0], dtype="bfloat16").get_base_model().dtype == torch.bfloat16
