@@ -123,19 +123,31 @@ def _adapter_tensors(model: Any, name: str, compact: CompactTensors) -> dict[str
     """What PEFT would save, cut to the pruned size, by PEFT's names. Collective where parameters are sharded."""
     live = dict(model.named_parameters(remove_duplicate=False))
     saved = get_peft_model_state_dict(model, live, adapter_name=name, save_embedding_layers=False)
-    return {key: _cut(key, whole(tensor).cpu(), model, compact) for key, tensor in saved.items()}
+    tensors = {}
+    for key, tensor in saved.items():
+        if (new := compact.new_name(key.removeprefix(_PREFIX))) is not None:
+            tensors[f"{_PREFIX}{new}"] = _cut(key, whole(tensor).cpu(), model, compact)
+    return tensors
 
 
 @torch.no_grad()
 def _cut(key: str, tensor: Tensor, model: Any, compact: CompactTensors) -> Tensor:
     path, _, part = key.removeprefix(_PREFIX).partition(".lora_")
-    rows, cols, scale = compact.sides(path)
+    if compact.is_cut(path.removesuffix(".weight")):
+        raise UnsupportedModelError(
+            f"{path}: what an adapter holds of the embedding, the head or a norm cannot be cut with the residual "
+            "stream: export it in the format hf"
+        )
+    sides = compact.sides(path)
     if part == "A.weight":
-        return tensor if cols is None else tensor[:, cols]
-    if part == "magnitude_vector" and cols is not None:
-        tensor = tensor * _shortened(model.get_submodule(f"{_PREFIX}{path}"), cols).to(tensor)
+        return tensor if sides.cols is None else tensor[:, sides.cols]
+    if part == "magnitude_vector" and sides.cols is not None:
+        tensor = tensor * _shortened(model.get_submodule(f"{_PREFIX}{path}"), sides.cols).to(tensor)
     if part in ("B.weight", "B.bias", "magnitude_vector"):
-        tensor = tensor if rows is None else tensor[rows]
+        tensor, scale = (
+            tensor if sides.rows is None else tensor[sides.rows],
+            sides.rest if part == "B.bias" else sides.weight,
+        )
         return tensor if scale == 1.0 else (tensor.float() * scale).to(tensor.dtype)
     return tensor
 

@@ -16,6 +16,7 @@ collective. Not covered: DoRA or `lora_bias` on a quantised layer.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OU
 """Space `disp`: what each half of a block reads from and writes to the residual stream."""
 
 
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """What stays of a layer: rows and columns (None: all), and factors of its weight and of what is beside it."""
+
+    rows: Tensor | None = None
+    cols: Tensor | None = None
+    weight: float = 1.0
+    rest: float = 1.0
+
+
 class CompactTensors:
     """Tensors of the smaller model, on the CPU, in the base weights' dtype, each made when it is asked for.
 
@@ -48,6 +59,7 @@ class CompactTensors:
 
     Attributes:
         names: state-dict names, those of one module side by side.
+        new_name: gives the name of a live tensor in the smaller model, None where it is gone.
     """
 
     def __init__(
@@ -62,7 +74,7 @@ class CompactTensors:
         self._modules = dict(_modules(lm, "", adapters))
         self._cuts = stream_cuts(lm, space, masks)
         self._selections = _selections(space, kept)
-        new_name = Remaining(space, masks).new_name
+        self.new_name = new_name = Remaining(space, masks).new_name
         self._owner = {
             new: (path, name)
             for path, module in self._modules.items()
@@ -99,27 +111,32 @@ class CompactTensors:
         module = base_layer(self._modules[path])
         return self._dtype if is_quantised(module) else _own_tensors(module)[own].dtype
 
-    def sides(self, path: str) -> tuple[Tensor | None, Tensor | None, float]:
-        """Rows and columns that stay of a linear layer, None where all do, and what its rows are scaled by."""
+    def sides(self, path: str) -> Sides:
+        """What stays of a linear layer."""
         linear = self._linears.get(path)
         if linear is None:
-            return None, None, 1.0
-        return self._indices(linear.rows), self._indices(linear.cols), self._source_scale.get(path, 1.0)
+            return Sides()
+        scale, cut = self._source_scale.get(path, 1.0), self._cuts.get(path)
+        weight, rest = (scale, scale) if cut is None else (scale * cut.weight, scale * cut.rest)
+        return Sides(self._indices(linear.rows), self._indices(linear.cols), weight, rest)
+
+    def is_cut(self, path: str) -> bool:
+        """Whether a module other than a prunable linear layer loses dimensions of the residual stream."""
+        return path in self._cuts and path not in self._linears
 
     def _made(self, path: str) -> dict[str, Tensor]:
         module = self._modules[path]
         if path in self._linears:
-            rows, cols, scale = self.sides(path)
+            sides = self.sides(path)
             if is_plain(module):
-                own = _scaled(_merged_plain(module, path, rows, cols), scale)
-            else:
-                own = _scaled(_sliced(self._whole(path), rows, cols), scale)
-            return self._cuts[path].scaled(own) if path in self._cuts else own
+                return _scaled(_merged_plain(module, path, sides.rows, sides.cols), sides)
+            return _scaled(_sliced(self._whole(path), sides.rows, sides.cols), sides)
         if path in self._cuts:
             return self._cuts[path].of(self._whole(path))
         if path in self._norms:
             axis = self._norms[path].axis
-            return _scaled(_sliced(self._whole(path), self._indices(axis), None), 1.0 / _rms_ratio(axis, self._kept))
+            sides = Sides(weight=1.0 / _rms_ratio(axis, self._kept))
+            return _scaled(_sliced(self._whole(path), self._indices(axis), None), sides)
         return self._whole(path)
 
     def _whole(self, path: str) -> dict[str, Tensor]:
@@ -156,10 +173,12 @@ def _cut(tensor: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     return tensor if cols is None else tensor.index_select(1, cols.to(tensor.device))
 
 
-def _scaled(own: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    if scale == 1.0:
-        return dict(own)
-    return {name: (tensor.float() * scale).to(tensor.dtype) for name, tensor in own.items()}
+def _scaled(own: Mapping[str, Tensor], sides: Sides) -> dict[str, Tensor]:
+    return {name: _times(tensor, sides.weight if name == "weight" else sides.rest) for name, tensor in own.items()}
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
 
 
 def _selections(space: Space, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,12 +29,9 @@ class StreamCut:
     offset: float = 0.0
 
     def of(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors cut along their last dimension, and scaled."""
-        return self.scaled({name: t.index_select(-1, self.kept.to(t.device)) for name, t in own.items()})
-
-    def scaled(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors scaled, in float32."""
-        return {name: self._scaled(t, self.weight if name == "weight" else self.rest) for name, t in own.items()}
+        """Tensors cut along their last dimension, and scaled, in float32."""
+        cut = {name: t.index_select(-1, self.kept.to(t.device)) for name, t in own.items()}
+        return {name: self._scaled(t, self.weight if name == "weight" else self.rest) for name, t in cut.items()}
 
     def _scaled(self, tensor: Tensor, factor: float) -> Tensor:
         if factor == 1.0:

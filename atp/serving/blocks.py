@@ -11,7 +11,11 @@ from atp.export.modeling_atp import resize
 
 
 def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """Per block, `config` with the head counts of that block, and a `head_dim` that does not depend on them."""
+    """Per block, `config` with the head counts of that block, and a `head_dim` that does not depend on them.
+
+    Raises:
+        ValueError: where a block has no attention.
+    """
     blocks = config.atp["blocks"]
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -21,6 +25,11 @@ def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
         block.head_dim = head_dim
         if "kv" in blocks["kept"]:
             full, kept = blocks["full"]["kv"][index], blocks["kept"]["kv"][index]
+            if kept == 0:
+                raise ValueError(
+                    f"block {index} has no attention, which vLLM has no place for: prune in `depth` with uniform=True, "
+                    "so that whole blocks go"
+                )
             block.num_attention_heads, block.num_key_value_heads = heads // full * kept, kept
         results.append(block)
     return results

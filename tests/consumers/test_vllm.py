@@ -17,14 +17,16 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from atp.export import export, load
+from atp.export.layout import empty_model
+from atp.layers import attach
 from atp.serving.blocks import block_configs, headless_class
 from atp.serving.vllm import MODEL_CLASS, register
+from atp.structure.building import build_space
+from atp.structure.discovery import discover
 from tests import families
-from tests.export.cases import SPACES, exported, masked
+from tests.export.cases import CASES, SPACES, exported, masked
 
-every_case = pytest.mark.parametrize(
-    ("family", "space"), [(f, s) for f in families.FAMILIES for s in SPACES if s != "uniform"]
-)
+every_case = pytest.mark.parametrize(("family", "space"), [(f, s) for f, s in CASES if s in ("width", "disp")])
 
 
 @every_case
@@ -47,6 +49,15 @@ def test_the_headless_model_computes_the_same_hidden_states(family, space):
     with torch.no_grad():
         expected = model.base_model(input_ids=families.tokens()).last_hidden_state
         assert torch.equal(headless(input_ids=families.tokens()).last_hidden_state, expected)
+
+
+def test_an_attention_that_is_gone_is_refused_by_name():
+    model = families.build("llama")
+    attachment = attach(model, build_space(discover(model), "depth"))
+    attachment.set_masks(attachment.space.full() | {"1.whole_attention": torch.zeros(1)})
+    config = empty_model(model, attachment.space, attachment.decision()).config
+    with pytest.raises(ValueError, match="block 1 has no attention, which vLLM has no place for"):
+        block_configs(config)
 
 
 def test_the_entry_point_names_the_plugin():

@@ -14,10 +14,11 @@ from atp.errors import ATPError, UnsupportedModelError
 from atp.export import export_adapter, load
 from atp.structure.live import base_layer
 from tests import families
-from tests.export.cases import SPACES, masked
+from tests.export import cases
+from tests.export.cases import masked
 from tests.export.test_live_model import ADAPTERS, _tuned
 
-CASES = [(f, s) for f in families.FAMILIES for s in SPACES if s != "uniform" or f in ("llama", "olmo2", "gpt_neox")]
+CASES = [(f, s) for f, s in cases.CASES if s not in ("uniform", "blocks") or f in ("llama", "olmo2", "gpt_neox")]
 every_case = pytest.mark.parametrize(("family", "space"), CASES)
 
 

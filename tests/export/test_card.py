@@ -36,10 +36,12 @@ def test_the_numbers_are_those_of_the_folder(space, tmp_path):
     before = families.build("llama").num_parameters()
     after = load(folder).num_parameters()
     assert f"| parameters | {after:,} of {before:,} ({100 * (1 - after / before):.1f} % fewer) |" in text
-    assert "MLP channels, of each block" in text
+    plain = not (folder / "modeling_atp.py").exists()
+    assert ("MLP channels, of each block" in text) == (space != "hidden")
     assert ("residual dimensions read by attention" in text) == (space == "disp")
-    assert ("trust_remote_code=True" in text) == (space != "uniform")
-    assert ("import atp" in text) == (space != "uniform")
+    assert ("| residual dimensions |" in text) == (space in ("hidden", "all"))
+    assert ("| blocks |" in text) == (space in ("depth", "blocks", "all"))
+    assert ("trust_remote_code=True" in text) == ("import atp" in text) == (not plain)
     assert ("not possible" in text) == (space == "disp")
     assert card.data.license is None
     assert card.data.base_model is None
