@@ -16,7 +16,8 @@ from atp.generator.sampling import EULER_GAMMA
         ("sparsity", float("nan"), "(0, 1)"),
         ("sparsity", "0.4", "(0, 1)"),
         ("sparsity", True, "(0, 1)"),
-        ("space", "depth", "width, disp"),
+        ("space", "heads", "width, hidden, depth, disp"),
+        ("space", "width+disp", "several of width, hidden, depth"),
         ("mode", "both", "joint, alternating"),
         ("init", "zeros", "activation"),
         ("init_ranking", "row", "block, global"),
@@ -53,7 +54,7 @@ def test_a_key_like_no_other_lists_the_known_ones():
 
 
 def test_combinations_that_cannot_work_are_refused():
-    with pytest.raises(ConfigError, match="uniform=True needs space='width'"):
+    with pytest.raises(ConfigError, match="uniform=True makes nothing plain"):
         ATPConfig(uniform=True, space="disp")
     with pytest.raises(ConfigError, match="multiple of generator_heads"):
         ATPConfig(generator_hidden_size=10, generator_heads=4)
@@ -86,3 +87,10 @@ def test_bad_yaml_says_the_line(tmp_path):
         read_yaml(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_yaml(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("given", [["depth", "width"], ("width", "depth"), "depth+width"])
+def test_spaces_may_be_joined_in_any_order_and_form(given):
+    config = ATPConfig(space=given)
+    assert config.space == "width+depth"
+    assert ATPConfig.from_dict(config.to_dict()) == config

@@ -7,7 +7,7 @@ from atp.criteria import scores
 from atp.criteria.ranking import default_protect, rank, starting_logits
 from atp.criteria.statistics import curvatures
 from atp.criteria.surgeon import refitted, removal_costs
-from atp.layers import attach
+from atp.layers import Attachment, attach
 from atp.structure.budget import project
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
@@ -281,3 +281,71 @@ def test_starting_logits_reproduce_the_decision(name: str, how: str) -> None:
     assert all(torch.equal(decision[k], again[k]) for k in decision)
     positive = sum((z > 0).sum().item() for z in logits.values())
     assert abs(positive - sum(m.sum().item() for m in decision.values())) <= len(space.sets), "ties at the edge"
+
+
+def _seen(model: torch.nn.Module, attachment: Attachment, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a layer reads, and the summed loss's gradient at what it writes, `(tokens, features)`, float64."""
+    found = {}
+
+    def watch(_module: object, args: tuple, output: torch.Tensor) -> None:
+        found["x"] = args[0].detach().double().flatten(0, 1)
+        output.register_hook(lambda d: found.update(d=d.double().flatten(0, 1) * 30))
+
+    handle = attachment.modules[path].register_forward_hook(watch)
+    attachment.require_gradients(True)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    attachment.require_gradients(False)
+    handle.remove()
+    return found["x"], found["d"]
+
+
+def test_surgeon_weighs_a_whole_attention_by_all_it_writes() -> None:
+    model, space, modules = parts("depth")
+    attachment = attach(model, space)
+    path = "model.layers.2.self_attn.o_proj"
+    x, d = _seen(model, attachment, path)
+    y = x @ modules[path].weight.detach().double().T
+    wanted = ((y.T @ y / len(y)) * (d.T @ d / len(d))).sum() / 2
+    got = scores.surgeon(space, modules, attachment.masks, lambda ids: model(input_ids=ids, labels=ids).loss, [IDS])
+    assert got.keys() == {s.name for s in space.sets}
+    assert got["2.whole_attention"].item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_surgeon_weighs_a_dimension_of_the_stream_by_what_every_reader_loses() -> None:
+    model, space, modules = parts("hidden")
+    attachment, wanted = attach(model, space), torch.zeros(32, dtype=torch.float64)
+    for linear in space.linears:
+        if linear.cols is not None:
+            x, d = _seen(model, attachment, linear.path)
+            weight = modules[linear.path].weight.detach().double()
+            slopes = d.T @ d / len(d)
+            wanted += x.square().mean(0) * torch.einsum("oi,op,pi->i", weight, slopes, weight) / 2
+    got = scores.surgeon(space, modules, attachment.masks, lambda ids: model(input_ids=ids, labels=ids).loss, [IDS])
+    torch.testing.assert_close(got["hidden"].double(), wanted, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["hidden", "depth", "width+hidden+depth"])
+def test_formulas_score_every_group_of_every_space(name: str) -> None:
+    model, space, modules = parts(name)
+    attachment = attach(model, space)
+
+    def loss(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    for found in (
+        scores.magnitude(space, modules),
+        scores.activation(space, modules, loss, [IDS]),
+        scores.flap(space, modules, loss, [IDS]),
+        scores.taylor(space, attachment.masks, loss, [IDS]),
+    ):
+        assert {k: (len(v), bool((v > 0).all())) for k, v in found.items()} == {
+            s.name: (s.size, True) for s in space.sets
+        }
+
+
+def test_whole_halves_are_not_spared_by_a_floor() -> None:
+    """With a floor, the best group of a set of one would be all of it."""
+    _, space, _ = parts("width+depth")
+    ranked = rank({s.name: torch.ones(s.size) for s in space.sets}, space, "global", (0, 0), floor=0.9)
+    assert all((ranked[s.name] < 1).all() for s in space.sets if s.size == 1)
+    assert any((ranked[s.name] > 1).any() for s in space.sets if s.size > 1)
