@@ -3,7 +3,6 @@
 Oracle: `huggingface_hub` reads the front matter back; the folder's config for the numbers; the code blocks are run.
 """
 
-import copy
 import re
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from atp.export import About, Result, export, export_adapter, load, provenance
 from tests import families
-from tests.export.cases import SPACES, exported, masked
+from tests.export.cases import SPACES, masked
 
 
 def tuned(space, name=""):
@@ -109,8 +108,10 @@ def test_a_base_for_adapters_and_its_adapter_have_cards_of_their_own(tmp_path):
 
 
 def test_what_was_pruned_twice_says_both(tmp_path):
-    model = masked(families.with_lora(copy.deepcopy(exported("llama", "uniform").loaded)), "width", 0.2)
+    first = export(tuned("uniform", tmp_path / "some-base"), tmp_path / "pruned")
+    model = masked(families.with_lora(load(first)), "width", 0.2)
     text = card_of(export(model, tmp_path / "out")).text
+    assert re.search(r"^# some-base, 5\d\.\d % pruned$", text, re.M)
     assert re.search(r"\| pruned in \| 4\d\.\d % \(`width`\), then 20\.\d % \(`width`\) \|", text)
 
 
