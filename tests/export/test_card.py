@@ -7,9 +7,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from atp.export import About, Result, export, export_adapter, load, provenance
+from atp.layers import attachment_of
 from tests import families
 from tests.export.cases import SPACES, masked
 
@@ -147,3 +149,12 @@ def test_a_hub_model_is_asked_for_its_licence_once(answers, tmp_path, monkeypatc
     assert (card.data.base_model, card.data.license) == (name, "mit" if answers else None)
     assert asked == [(name, 3.0)]
     assert f"# {name}, " in card.text
+
+
+def test_what_vllm_gets_wrong_is_said(tmp_path):
+    heads, channels = {"0.kv": 2, "1.kv": 2}, {"0.kv": 3, "1.kv": 3}
+    for kept, said in ((heads, True), (channels, False)):
+        model = masked(families.with_lora(families.build("qwen2")), "uniform")
+        masks = {k: (torch.arange(len(v)) < kept.get(k, 8)).float() for k, v in attachment_of(model).masks.items()}
+        text = card_of(export(model, tmp_path / str(said), masks=masks)).text
+        assert ("--model-impl transformers" in text) == said
