@@ -98,7 +98,7 @@ def _gguf(
 def _convert(folder: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         writer = importlib.import_module("atp.export.gguf")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ATPError(f"gguf cannot be written here ({error}): pip install 'atp[gguf]'") from None
     dtype = arguments.dtype or "f16"
     writer.write_gguf(folder, out, dtype, overwrite=arguments.overwrite)

@@ -20,7 +20,7 @@ README = "README.md"
 _METHOD = "atp (all-in-one tuning and pruning, [arXiv 2412.14426](https://arxiv.org/abs/2412.14426))"
 _PRUNED = f"It was pruned by {_METHOD}; what was pruned is physically gone."
 _TUNED = (
-    f"It was tuned and pruned in one run by {_METHOD}: LoRA learned the training text while a small network learned "
+    f"It was tuned and pruned at once by {_METHOD}: LoRA learned the training text while a small network learned "
     "which heads, channels or dimensions can go. LoRA is merged, and what was pruned is physically gone."
 )
 _BASE = (

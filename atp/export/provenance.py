@@ -4,6 +4,7 @@ A licence is read from the base's own README.md or GGUF file, never guessed. Of 
 local cache the hub is asked, once and for no more than seconds, unless `HF_HUB_OFFLINE` is set.
 """
 
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -54,7 +55,16 @@ def origin_of(base: str | None, gguf_file: str | None = None) -> Origin:
     if gguf_file and not licence:
         licence = _stated_in_gguf(path / gguf_file)
         source = f"`{gguf_file}`" if licence else ""
-    return Origin(Path(gguf_file).stem if gguf_file else path.resolve().name, hub_name, licence, source)
+    name = Path(gguf_file).stem if gguf_file else _pruned_before(path) or path.resolve().name
+    return Origin(name, hub_name, licence, source)
+
+
+def _pruned_before(path: Path) -> str | None:
+    """What an exported folder, often called `pruned`, was made from, by the title of its card."""
+    if not (path / "README.md").is_file():
+        return None
+    title = re.search(r"^# (.+), [\d.]+ % pruned", (path / "README.md").read_text("utf-8", "replace"), re.M)
+    return title[1] if title else None
 
 
 @cache
@@ -80,9 +90,11 @@ def _licence_in(data: Any) -> dict[str, str]:
 
 def _stated(readme: Path) -> tuple[dict[str, str], str, str | None]:
     """Licence keys of a card, what to call it, and the hub name of what its model was made from."""
+    if not readme.is_file():
+        return {}, "", None
     try:
         data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # no card, or one whose metadata is no YAML
+    except Exception:  # its metadata is no YAML, or no mapping
         return {}, "", None
     licence = _licence_in(data)
     base = data.get("base_model")

@@ -63,6 +63,11 @@ class Pruned:
         """Whether blocks read and write a part of the residual stream only."""
         return bool(self.entry.get("blocks", {}).get("selections"))
 
+    @property
+    def _lost_heads(self) -> bool:
+        heads = self.entry.get("widths", {}).get(KV, {"full": 0, "least": 0})
+        return heads["least"] < heads["full"]
+
     def table(self) -> str:
         """Sizes before and after, Markdown."""
         before, after = self.entry["parameters"]["before"], self.entry["parameters"]["after"]
@@ -94,7 +99,9 @@ class Pruned:
             }
         else:
             first = f"It is an ordinary `{self.model_class}` of smaller sizes: whatever opens that class opens it."
-            rows = {"transformers, PEFT, vLLM": "as any model; nothing else to install", "llama.cpp": _GGUF}
+            rows = {"transformers, PEFT": _PLAIN, "vLLM": _PLAIN, "llama.cpp": _GGUF}
+            if self.model_class == "Qwen2ForCausalLM" and self._lost_heads:
+                rows["vLLM"] = _QWEN2
         lines = (*(_REGISTERING if self.is_ragged else ()), *_LOADING, *(_READING if self.has_tokenizer else ()))
         code = "\n".join(["```python", *lines, "```"])
         table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {how} |" for name, how in rows.items())])
@@ -108,6 +115,8 @@ _LOADING = (
     'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
 )
 _READING = ('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',)
+_PLAIN = "as any model; nothing else to install"
+_QWEN2 = "with `--model-impl transformers`: its own Qwen2 takes the head size from the head count (0.32.0)"
 _GGUF = "`atp export THIS_FOLDER model.gguf --format gguf`"
 _NO_GGUF = "not possible: its blocks read and write a part of the residual stream, which GGUF has no architecture for"
 

@@ -3,16 +3,17 @@
 Oracle: `huggingface_hub` reads the front matter back; the folder's config for the numbers; the code blocks are run.
 """
 
-import copy
 import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from atp.export import About, Result, export, export_adapter, load, provenance
+from atp.layers import attachment_of
 from tests import families
-from tests.export.cases import SPACES, exported, masked
+from tests.export.cases import SPACES, masked
 
 
 def tuned(space, name=""):
@@ -111,8 +112,10 @@ def test_a_base_for_adapters_and_its_adapter_have_cards_of_their_own(tmp_path):
 
 
 def test_what_was_pruned_twice_says_both(tmp_path):
-    model = masked(families.with_lora(copy.deepcopy(exported("llama", "uniform").loaded)), "width", 0.2)
+    first = export(tuned("uniform", tmp_path / "some-base"), tmp_path / "pruned")
+    model = masked(families.with_lora(load(first)), "width", 0.2)
     text = card_of(export(model, tmp_path / "out")).text
+    assert re.search(r"^# some-base, 5\d\.\d % pruned$", text, re.M)
     assert re.search(r"\| pruned in \| 4\d\.\d % \(`width`\), then 20\.\d % \(`width`\) \|", text)
 
 
@@ -148,3 +151,12 @@ def test_a_hub_model_is_asked_for_its_licence_once(answers, tmp_path, monkeypatc
     assert (card.data.base_model, card.data.license) == (name, "mit" if answers else None)
     assert asked == [(name, 3.0)]
     assert f"# {name}, " in card.text
+
+
+def test_what_vllm_gets_wrong_is_said(tmp_path):
+    heads, channels = {"0.kv": 2, "1.kv": 2}, {"0.kv": 3, "1.kv": 3}
+    for kept, said in ((heads, True), (channels, False)):
+        model = masked(families.with_lora(families.build("qwen2")), "uniform")
+        masks = {k: (torch.arange(len(v)) < kept.get(k, 8)).float() for k, v in attachment_of(model).masks.items()}
+        text = card_of(export(model, tmp_path / str(said), masks=masks)).text
+        assert ("--model-impl transformers" in text) == said
