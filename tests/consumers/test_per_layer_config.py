@@ -1,7 +1,7 @@
 """What stock transformers does with `per_layer_config`: why ragged folders do not say their sizes by it.
 
-Oracle: transformers itself. When one of these fails, its Llama may have learned to build blocks of unequal size, and the
-finding in `atp/export/layout.py` should be looked at again.
+Oracle: transformers itself. When one of these fails, its Llama may have learned to build blocks of unequal size, and
+the finding in `atp/export/layout.py` should be looked at again.
 """
 
 import pytest
