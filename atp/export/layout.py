@@ -8,12 +8,12 @@ Of a model that was exported and pruned again, all of it is said from the stock 
 of the original's prunable parameters that is gone, and `"runs": [{"space", "sparsity"}, ...]` says what each run took
 of what it was given.
 
-Ragged sizes are not written as transformers' own `per_layer_config`, whose modelling half (transformers#45332) is not
-in 5.19 or 5.23, for all but models written for it, none of them ours. There, for Llama: `intermediate_size` per layer
-means what it would mean here, is kept and saved, and makes every read of `config.intermediate_size` raise, in our class
-and in other tools as in the stock one; the way out, `allow_global_per_layer_attribute_access`, is saved along and makes
-the stock class build full-size blocks. Head counts are refused when the config is made. `skip` is accepted, and
-ignored without a word. `tests/consumers/test_per_layer_config.py` notices when that changes.
+Ragged sizes are not written as transformers' own `per_layer_config`: its modelling half (transformers#45332) is missing
+in 5.19 and 5.23, but for models written to it, none of them ours. What Llama does there: `intermediate_size` per layer
+means what it would mean here, and is kept and saved; but then every read of `config.intermediate_size` raises, in our
+class and in other tools as in the stock class. The way out, `allow_global_per_layer_attribute_access`, is saved along,
+and with it the stock class builds full-size blocks. Head counts are refused when the config is made. `skip` is accepted
+and ignored without a word. `tests/consumers/test_per_layer_config.py` notices when that changes.
 """
 
 import copy

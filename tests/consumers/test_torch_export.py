@@ -45,6 +45,16 @@ def check(computed, case) -> None:
         assert error <= ALLOWED, name
 
 
+def test_the_page_loads_a_folder_and_its_code_is_python():
+    case = exported("llama", "uniform")
+    model = run("transformers", {"folder": str(case.folder)})["model"]
+    assert torch.equal(families.logits(model.eval()), families.logits(case.loaded))
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        compile(block, PAGE.name, "exec")
+
+
 @every_case
 def test_torch_export_computes_the_same_for_any_batch_and_length(family, space):
     case = exported(family, space)
