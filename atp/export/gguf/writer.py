@@ -88,7 +88,7 @@ def _data(source: Source, entry: Entry, kind: gguf.GGMLQuantizationType) -> np.n
     tensor = entry.change(stored.float()).contiguous()
     if tuple(tensor.shape) != entry.shape:
         raise CheckpointError(f"{entry.source} is {tuple(tensor.shape)} where {entry.shape} was said: report this")
-    if tensor.abs().max().item() > _LARGEST.get(kind, float("inf")):
+    if kind in _LARGEST and max(map(abs, torch.aminmax(tensor))) > _LARGEST[kind]:
         raise UnsupportedModelError(
             f"{entry.source}: holds values too large for {kind.name.lower()}: write bf16 or f32"
         )

@@ -20,7 +20,7 @@ from tests.families import _family
 
 WORDS = (
     "the of and Fever renal 12 3.5 2026 , . ( ) - é ß 漢字 😀 \n \t \r\n A'S it's we'LL camelCase HTTPServer // x[1]=2;"
-    " </s> <extra>"
+    " </s> <extra> banana ananas nab aaaab bbaab abab"  # the last can be joined in many ways
 )
 SIZE = 640
 
