@@ -1,8 +1,7 @@
 """What `deci` needs that other families do not have: separate projections, and something in every half of a block.
 
-An attention or MLP that has lost everything may be absent or have size 0. llama.cpp leaves out an attention of 0 heads,
-but not in the first block, from which it takes the size of a head. A block of 0 channels loses its attention too. There
-one head or channel of zeros stands in; so it does where a bias is left. A block that has lost both is not written.
+llama.cpp leaves out an attention of 0 heads, but not in the first block, from which it takes the size of a head, and
+which an export never loses. A block of 0 channels would lose its attention too, so that one channel of zeros stands in.
 """
 
 from functools import partial
@@ -32,28 +31,17 @@ def unpacked(entries: Entries, blocks: list[Sizes], head_dim: int) -> Entries:
     return cut
 
 
-def without_lost_parts(
-    entries: Entries, blocks: list[Sizes], head_dim: int, hidden_size: int
-) -> tuple[Entries, list[Sizes]]:
-    """Blocks that lost both halves left out, the others numbered anew; stand-ins where something must be."""
-    written = {name: entry for name, entry in entries.items() if not place(name)}
-    left: list[Sizes] = []
+def without_lost_parts(entries: Entries, blocks: list[Sizes], hidden_size: int) -> tuple[Entries, list[Sizes]]:
+    """Norms of attentions that are gone left out; a channel of zeros where an MLP is."""
+    written, left = dict(entries), []
     for block, size in enumerate(blocks):
-        own = {name.split(".", 2)[2]: e for name, e in entries.items() if (p := place(name)) and p.block == block}
-        bias = {part for part in ("attn_output", "ffn_down") if f"{part}.bias" in own}
-        if not (size.heads or size.channels or bias):
-            continue
-        heads, kv_heads, channels = size.heads, size.kv_heads, size.channels
-        if not heads and ("attn_output" in bias or not left):
-            heads, kv_heads = 1, 1
-            own |= _zeros(dict.fromkeys(("attn_q", "attn_k", "attn_v"), head_dim), hidden_size, "attn_output")
-        if not channels:
-            channels = 1
-            own |= _zeros({"ffn_gate": 1, "ffn_up": 1}, hidden_size, "ffn_down")
-        ones = _constant((hidden_size,), 1.0)
-        own = {"attn_norm.weight": ones, "ffn_norm.weight": ones} | own
-        written |= {f"blk.{len(left)}.{part}": e for part, e in own.items() if heads or not part.startswith("attn_")}
-        left.append(Sizes(heads, kv_heads, channels))
+        channels = size.channels or 1
+        if not size.heads:
+            written.pop(f"blk.{block}.attn_norm.weight")
+        if not size.channels:
+            zeros = _zeros({"ffn_gate": 1, "ffn_up": 1}, hidden_size, "ffn_down")
+            written |= {f"blk.{block}.{part}": entry for part, entry in zeros.items()}
+        left.append(Sizes(size.heads, size.kv_heads, channels))
     return written, left
 
 

@@ -47,7 +47,7 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
             raise UnsupportedModelError(_refusal(config, family, why, head_dim, rotary_dims))
         family = AS_DECI
         entries = unpacked(entries, blocks, head_dim)
-        entries, blocks = without_lost_parts(entries, blocks, head_dim, config.hidden_size)
+        entries, blocks = without_lost_parts(entries, blocks, config.hidden_size)
     elif family.square:
         entries, blocks = padded(entries, blocks, head_dim, config.hidden_size)
     _change(entries, config, family, blocks, head_dim)
