@@ -66,6 +66,24 @@ def test_unequal_blocks_as_deci_or_refused(case, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("case", "space", "why"),
+    [
+        *((case, "hidden", None) for case in ("llama_tied", "mistral", "qwen3", "gemma2", "gemma3")),
+        *((case, "blocks", None) for case in ("llama", "qwen2", "gemma2", "phi3", "stablelm", "gpt_neox", "granite")),
+        ("llama", "all", None),
+        ("gemma3", "blocks", "layer_types"),
+    ],
+)
+def test_fewer_dimensions_of_the_stream_and_fewer_blocks(case, space, why, tmp_path):
+    made = folder(case, space)
+    if why is not None:
+        with pytest.raises(UnsupportedModelError, match=why):
+            write_gguf(made.path, tmp_path / "m.gguf")
+        return
+    agree(made, write_gguf(made.path, tmp_path / "m.gguf", "f32"), 2e-4 if case in GELU else 1e-5)
+
+
 @pytest.mark.parametrize("space", ["uniform", "width"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 2e-2)])
 def test_fewer_bits(dtype, tolerance, space, tmp_path):
