@@ -1,5 +1,6 @@
 """Building spaces: which axis of which linear layer belongs to which group set, and what counts each set may keep."""
 
+import math
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -82,9 +83,13 @@ class _Axes:
     def stream(self) -> Axis:
         """The residual stream of the whole model."""
         size, stream = self.structure.hidden_size, self.structure.stream
+        queries, kv_heads = self.structure.blocks[0].attention.queries_per_group, self.structure.plain_kv_heads
         if stream.refusal:
             raise UnsupportedModelError(f"space='hidden': {stream.refusal}")
-        counts = tuple(n for n in self.multiples(HIDDEN, size, "the model") if n % stream.step == 0)
+        step = stream.step
+        if self.uniform and "width" in self.parts and step > 1:  # it will be a multiple of whatever heads are left
+            step = math.lcm(*(n * queries for n in kv_heads))
+        counts = tuple(n for n in self.multiples(HIDDEN, size, "the model") if n % step == 0)
         name = self.add(GroupSet(HIDDEN, None, HIDDEN, size, counts))
         return Axis(name, torch.arange(size), 1)
 

@@ -329,12 +329,13 @@ def _mlp(readers: list[Linear], writer: Linear, hidden_size: int) -> MLP:
 
 def _hidden_step(config: PretrainedConfig, blocks: tuple[Block, ...]) -> int:
     """What the width of the residual stream may be a multiple of, by asking the family's own config; 0: of itself."""
-    attention, channels = blocks[0].attention, blocks[0].mlp.intermediate_size
     if config.model_type in DERIVED_HEAD_SIZE:
         return 0
-    for step in (1, attention.num_heads):
+    values = config.to_dict() | {"head_dim": blocks[0].attention.head_dim}
+    family: Any = type(config).__base__ if is_ragged(config) else type(config)
+    for step in (1, config.num_attention_heads):
         try:
-            plain_config(config, attention, attention.num_kv_heads, channels, config.hidden_size - step)
+            family.from_dict(values | {"hidden_size": config.hidden_size - step})
         except Exception:  # whatever the family's validation raises, this size is refused
             continue
         return step

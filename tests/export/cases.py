@@ -25,6 +25,7 @@ SPACES = {
     "depth": ("depth", False),
     "blocks": ("depth", True),
     "all": ("width+hidden+depth", False),
+    "plainest": ("width+hidden+depth", True),
 }
 LAYER_NORMS = ("starcoder2", "stablelm", "gpt_neox", "gpt_neox_serial")
 """Families whose residual stream cannot be cut."""

@@ -52,7 +52,7 @@ def test_uniform_widths_give_the_stock_class_and_others_the_pruned_one(family, s
     case = exported(family, space)
     stock = type(families.build(family))
     plain = is_plain(case.space, case.masks)
-    assert plain or space not in ("uniform", "hidden", "blocks")
+    assert plain or space not in ("uniform", "hidden", "blocks", "plainest")
     assert (type(case.loaded) is stock) == plain
     assert isinstance(case.loaded, stock)
     assert (case.folder / "modeling_atp.py").exists() != plain
