@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from atp.export.gguf.families import FAMILIES
+from atp.export.modeling_atp import PREFIX
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, HIDDEN, KV, MLP, MLP_IN, MLP_OUT, WHOLE_BLOCK
 
 _KINDS = {
@@ -59,6 +63,19 @@ class Pruned:
         return "blocks" in self.entry
 
     @property
+    def has_gguf(self) -> bool:
+        """Whether llama.cpp has an architecture that may hold it."""
+        stock = self.model_class.removeprefix(PREFIX)
+        types = [name for name, known in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if known == stock]
+        families = [FAMILIES[name] for name in types if name in FAMILIES]
+        return not self.gathers and any(family.deci or not self.is_ragged for family in families)
+
+    @property
+    def lacks_attention(self) -> bool:
+        """Whether a block has none."""
+        return self.is_ragged and 0 in self.entry["blocks"]["kept"].get(KV, ())
+
+    @property
     def gathers(self) -> bool:
         """Whether blocks read and write a part of the residual stream only."""
         return bool(self.entry.get("blocks", {}).get("selections"))
@@ -94,8 +111,8 @@ class Pruned:
             )
             rows = {
                 "transformers, PEFT": "after `import atp`, or with `trust_remote_code=True`",
-                "vLLM": "where atp is installed beside it: its plugin knows these models",
-                "llama.cpp": _NO_GGUF if self.gathers else f"{_GGUF}, where it has uneven blocks of this family",
+                "vLLM": _NO_VLLM if self.lacks_attention else _VLLM,
+                "llama.cpp": _NO_GGUF if self.gathers else _GGUF if self.has_gguf else _NO_UNEVEN_GGUF,
             }
         else:
             first = f"It is an ordinary `{self.model_class}` of smaller sizes: whatever opens that class opens it."
@@ -118,6 +135,9 @@ _READING = ('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")',)
 _PLAIN = "as any model; nothing else to install"
 _QWEN2 = "with `--model-impl transformers`: its own Qwen2 takes the head size from the head count (0.32.0)"
 _GGUF = "`atp export THIS_FOLDER model.gguf --format gguf`"
+_VLLM = "where atp is installed beside it: its plugin knows these models"
+_NO_VLLM = "not possible: a block has no attention, which vLLM has no place for"
+_NO_UNEVEN_GGUF = "not possible: llama.cpp has no uneven blocks of this family"
 _NO_GGUF = "not possible: its blocks read and write a part of the residual stream, which GGUF has no architecture for"
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from atp.export import About, Result, export, export_adapter, load, provenance
 from atp.layers import attachment_of
 from tests import families
-from tests.export.cases import SPACES, masked
+from tests.export.cases import SPACES, exported, masked
 
 
 def tuned(space, name=""):
@@ -28,6 +28,13 @@ def card_of(folder):
     return card
 
 
+@pytest.mark.parametrize(("family", "space", "possible"), [("gemma3", "width", False), ("gemma3", "uniform", True)])
+def test_a_family_that_llama_cpp_has_no_uneven_blocks_of_is_told_so(family, space, possible):
+    text = card_of(exported(family, space).folder).text
+    assert ("--format gguf" in text) == possible
+    assert ("llama.cpp has no uneven blocks of this family" in text) != possible
+
+
 @pytest.mark.parametrize("space", SPACES)
 def test_the_numbers_are_those_of_the_folder(space, tmp_path):
     folder = export(tuned(space), tmp_path / "out")
@@ -40,10 +47,13 @@ def test_the_numbers_are_those_of_the_folder(space, tmp_path):
     plain = not (folder / "modeling_atp.py").exists()
     assert ("MLP channels, of each block" in text) == (space != "hidden")
     assert ("residual dimensions read by attention" in text) == (space == "disp")
-    assert ("| residual dimensions |" in text) == (space in ("hidden", "all"))
-    assert ("| blocks |" in text) == (space in ("depth", "blocks", "all"))
+    assert ("| residual dimensions |" in text) == (space in ("hidden", "all", "plainest"))
+    assert ("| blocks |" in text) == (space in ("depth", "blocks", "all", "plainest"))
     assert ("trust_remote_code=True" in text) == ("import atp" in text) == (not plain)
-    assert ("not possible" in text) == (space == "disp")
+    assert ("which GGUF has no architecture for" in text) == (space == "disp")
+    gone = 0 in load(folder).config.atp.get("blocks", {}).get("kept", {}).get("kv", [])
+    assert ("no attention, which vLLM has no place for" in text) == gone
+    assert text.count("not possible") == (space == "disp") + gone
     assert card.data.license is None
     assert card.data.base_model is None
 
