@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 from atp.errors import UnsupportedModelError
 from atp.weights import write_weights
-from tests import families
-from tests.export.cases import SPACES, exported
+from tests.export.cases import CASES, exported
 
 TENSORS = {
     "a.weight": torch.randn(7, 3),
@@ -80,8 +79,7 @@ def test_no_tensor_is_made_before_the_last_one_is_gone(tmp_path):
     assert load_file(tmp_path / "model.safetensors")["ccc"].unique().item() == 3
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(("family", "space"), CASES)
 def test_names_and_dtypes_are_those_that_save_pretrained_gives(family, space, tmp_path):
     case = exported(family, space)
     case.loaded.save_pretrained(tmp_path)
