@@ -170,7 +170,8 @@ def _check_indices(model: PreTrainedModel) -> None:
                 if chosen.is_meta or len(chosen) == 0:
                     continue
                 if chosen[0] < 0 or chosen[-1] >= size or not (chosen.diff() > 0).all():
-                    raise ValueError(f"block {index}: {path}.{name} holds no ascending dimensions below {size}")
+                    where = f"{layout['container']}.{index}.{path}.{name}"
+                    raise ValueError(f"{where} is missing or holds no ascending dimensions below {size}")
 
 
 def _shrink_linear(linear: nn.Linear, out_features: int, in_features: int) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from atp.errors import ATPError, CheckpointError, UnsupportedModelError
 from atp.export import export, load
+from atp.export.layout import is_plain
 from atp.layers import attachment_of
 from atp.weights import _write
 from tests import families
@@ -81,7 +82,8 @@ def test_the_config_says_what_was_done(space):
     assert values["atp"]["format"] == 1
     assert values["atp"]["space"] == case.space.name
     assert values["atp"]["sparsity"] == pytest.approx(case.space.sparsity(case.masks), abs=1e-6)
-    assert values["model_type"] == ("llama" if space == "uniform" else "atp")
+    plain = is_plain(case.space, case.masks)
+    assert values["model_type"] == ("llama" if plain else "atp")
     assert (case.folder / "generation_config.json").exists()
 
 
