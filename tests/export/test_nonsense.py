@@ -95,7 +95,7 @@ def test_dimensions_that_there_are_not_are_refused(name, change, tmp_path):
     path = f"model.layers.1.mlp.{name}"
     tensors[path] = CHANGES[change](tensors[path])
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    refused(folder, rf"block 1: mlp\.{name} holds no ascending dimensions below 48")
+    refused(folder, rf"layers\.1\.mlp\.{name} is missing or holds no ascending dimensions below 48")
 
 
 @pytest.mark.parametrize("name", ["../stolen.safetensors", "/stolen.safetensors", "stolen.bin", 7])
