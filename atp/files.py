@@ -68,7 +68,10 @@ def _take_place(fresh: Path, out: Path, aside: Path) -> None:
         if aside.exists():
             aside.rename(out)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:

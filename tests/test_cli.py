@@ -221,6 +221,12 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     assert asked[1][1:] == ("f16", True)
     assert not list(tmp_path.glob(".model.gguf*"))
 
+    (tmp_path / "mine").write_bytes(b"mine")
+    assert main(["export", str(run), str(tmp_path / "mine"), "--overwrite"]) == 0
+    assert not list(tmp_path.glob(".*.old"))
+    for out in (run, run / "final", tmp_path):
+        assert "which would be replaced" in refused(capsys, "export", run / "final", out, "--overwrite")
+    assert (run / "recipe.yaml").exists()
     assert "exists" in refused(capsys, "export", run, file, "--format", "gguf")
     assert "ends in .gguf" in refused(capsys, "export", run, tmp_path / "out", "--format", "gguf")
     assert "--dtype is for --format gguf" in refused(capsys, "export", run, tmp_path / "out", "--dtype", "f16")

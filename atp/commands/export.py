@@ -66,6 +66,9 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
         raise ConfigError("--dtype is for --format gguf: other formats keep the base model's dtype: leave it out")
     if arguments.format == "gguf" and (out.suffix != ".gguf" or out.is_dir()):
         raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
+    source = Path(arguments.run_dir).resolve()
+    if source.is_relative_to(out.resolve()):
+        raise ConfigError(f"{out} holds {arguments.run_dir}, which would be replaced: choose another name")
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: choose another name or give --overwrite")
 

@@ -1,14 +1,15 @@
 """Ranking: raw scores of any scale -> comparable values that `budget.project` can cut at one level.
 
 `block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
-          rival: activation-weighted, uniform per block, first and last blocks left whole).
+          rival: activation-weighted, uniform per block, first and last blocks left whole); attentions and MLPs as a
+          whole, each a set of one, among themselves, by score per parameter.
 `global`  the score per parameter that the group holds, over the whole model; with a tilt, times exp(tilt * x), x from
           -1 in the first block to 1 in the last; with a floor, the best groups of every set are pruned last.
 `standard`  z-scores within the set, compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def rank(
     blocks = len(space.structure.blocks)
     first, last = protect
     if how == "block":
-        ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets}
+        ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets} | _switches(scores, space, _percentiles)
     else:
         ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else _standardised(scores, space))
     for s in space.sets:
@@ -95,5 +96,19 @@ def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float) -> d
 
 def _standardised(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
     """Mean 0 and standard deviation 1 within each set; a set whose scores are all alike is all zeros."""
-    centred = {s.name: scores[s.name] - scores[s.name].mean() for s in space.sets}
-    return {name: c / c.square().mean().sqrt().clamp_min(torch.finfo(c.dtype).tiny) for name, c in centred.items()}
+    return {s.name: _z_scores(scores[s.name]) for s in space.sets} | _switches(scores, space, _z_scores)
+
+
+def _z_scores(values: Tensor) -> Tensor:
+    centred = values - values.mean()
+    return centred / centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
+
+
+def _switches(scores: Mapping[str, Tensor], space: Space, compared: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Attentions, MLPs and blocks, each a set of one, `compared` with one another per parameter that they hold."""
+    held = dict(zip((s.name for s in space.sets), space.group_parameters.tolist(), strict=True))
+    names = [s.name for s in space.sets if s.kind in SWITCHES]
+    if not names:
+        return {}
+    values = compared(torch.cat([scores[name] / held[name] for name in names]))
+    return dict(zip(names, values.split(1), strict=True))

@@ -11,6 +11,7 @@ Not covered, and refused by name: adapters other than LoRA, several at once, and
 
 import copy
 import dataclasses
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,11 +76,13 @@ def export_adapter(
             if part is not None:
                 part.mkdir()
         write_model(lm, space, decision, base, processing_class, adapters=False)
-        tensors = _adapter_tensors(model, name, CompactTensors(lm, space, decision, adapters=False))
+        compact = CompactTensors(lm, space, decision, adapters=False)
+        tensors = _adapter_tensors(model, name, compact)
         plan = {key: torch.empty_like(tensor, device="meta") for key, tensor in tensors.items()}
         write_weights(adapter, plan, tensors.__getitem__, sys.maxsize, "adapter_model")
         if base is not None and adapter is not None:
-            _adapter_config(config, out / "base").save_pretrained(str(adapter))
+            changed = _on_what_is_left(_adapter_config(config, out / "base"), lm, name, compact)
+            changed.save_pretrained(str(adapter))
             write_card(base, dataclasses.replace(about, results=()), is_base=True)
             write_adapter_card(adapter, base, about)
     return out
@@ -133,7 +136,7 @@ def _adapter_tensors(model: Any, name: str, compact: CompactTensors) -> dict[str
 @torch.no_grad()
 def _cut(key: str, tensor: Tensor, model: Any, compact: CompactTensors) -> Tensor:
     path, _, part = key.removeprefix(_PREFIX).partition(".lora_")
-    if compact.is_cut(path.removesuffix(".weight")):
+    if compact.is_cut(path.removesuffix(".weight").partition(".token_adapter")[0]):
         raise UnsupportedModelError(
             f"{path}: what an adapter holds of the embedding, the head or a norm cannot be cut with the residual "
             "stream: export it in the format hf"
@@ -167,3 +170,17 @@ def _adapter_config(config: LoraConfig, base: Path) -> LoraConfig:
     changed.init_lora_weights, changed.inference_mode = True, True
     changed.loftq_config, changed.eva_config, changed.corda_config, changed.lora_ga_config = {}, None, None, None
     return changed
+
+
+def _on_what_is_left(config: LoraConfig, lm: nn.Module, name: str, compact: CompactTensors) -> LoraConfig:
+    """`config` as it is where every layer under LoRA keeps its path; else layer by layer, by their new paths."""
+    layers = {p: m for p, m in lm.named_modules() if isinstance(m, LoraLayer) and name in m.r}
+    paths = {path: (compact.new_name(f"{path}.") or "").removesuffix(".") for path in layers}
+    if all(old == new for old, new in paths.items()):
+        return config
+    left = {new: layers[old] for old, new in paths.items() if new}
+    config.target_modules = set(left)
+    config.rank_pattern = {f"^{re.escape(new)}$": layer.r[name] for new, layer in left.items()}
+    config.alpha_pattern = {f"^{re.escape(new)}$": layer.lora_alpha[name] for new, layer in left.items()}
+    config.layers_to_transform, config.layers_pattern, config.exclude_modules = None, None, None
+    return config

@@ -21,7 +21,7 @@ _METHOD = "atp (all-in-one tuning and pruning, [arXiv 2412.14426](https://arxiv.
 _PRUNED = f"It was pruned by {_METHOD}; what was pruned is physically gone."
 _TUNED = (
     f"It was tuned and pruned at once by {_METHOD}: LoRA learned the training text while a small network learned "
-    "which heads, channels or dimensions can go. LoRA is merged, and what was pruned is physically gone."
+    "what can go. LoRA is merged, and what was pruned is physically gone."
 )
 _BASE = (
     f"It was pruned by {_METHOD}. Its weights are those under the LoRA adapter that was trained with the pruning, "

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-from atp.export.gguf.families import FAMILIES
-from atp.export.modeling_atp import PREFIX
+from atp.errors import ATPError
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, HIDDEN, KV, MLP, MLP_IN, MLP_OUT, WHOLE_BLOCK
 
 _KINDS = {
@@ -31,6 +28,8 @@ class Pruned:
         model_class: the stock class or the ragged one.
         dtype: of the weights.
         weight_bytes: of the weight files.
+        gguf: how to make a GGUF of it, or why llama.cpp has no place for it.
+        square: whether heads x head size is the hidden size.
     """
 
     entry: Mapping[str, Any]
@@ -38,6 +37,8 @@ class Pruned:
     dtype: str
     weight_bytes: int
     has_tokenizer: bool
+    gguf: str
+    square: bool
 
     @classmethod
     def of(cls, folder: Path) -> "Pruned":
@@ -50,6 +51,8 @@ class Pruned:
             dtype=str(config.get("dtype")),
             weight_bytes=weights,
             has_tokenizer=(folder / "tokenizer_config.json").is_file(),
+            gguf=_gguf(folder),
+            square=config["num_attention_heads"] * (config.get("head_dim") or 0) in (0, config["hidden_size"]),
         )
 
     @property
@@ -63,14 +66,6 @@ class Pruned:
         return "blocks" in self.entry
 
     @property
-    def has_gguf(self) -> bool:
-        """Whether llama.cpp has an architecture that may hold it."""
-        stock = self.model_class.removeprefix(PREFIX)
-        types = [name for name, known in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if known == stock]
-        families = [FAMILIES[name] for name in types if name in FAMILIES]
-        return not self.gathers and any(family.deci or not self.is_ragged for family in families)
-
-    @property
     def lacks_attention(self) -> bool:
         """Whether a block has none."""
         return self.is_ragged and 0 in self.entry["blocks"]["kept"].get(KV, ())
@@ -79,11 +74,6 @@ class Pruned:
     def gathers(self) -> bool:
         """Whether blocks read and write a part of the residual stream only."""
         return bool(self.entry.get("blocks", {}).get("selections"))
-
-    @property
-    def _lost_heads(self) -> bool:
-        heads = self.entry.get("widths", {}).get(KV, {"full": 0, "least": 0})
-        return heads["least"] < heads["full"]
 
     def table(self) -> str:
         """Sizes before and after, Markdown."""
@@ -112,12 +102,12 @@ class Pruned:
             rows = {
                 "transformers, PEFT": "after `import atp`, or with `trust_remote_code=True`",
                 "vLLM": _NO_VLLM if self.lacks_attention else _VLLM,
-                "llama.cpp": _NO_GGUF if self.gathers else _GGUF if self.has_gguf else _NO_UNEVEN_GGUF,
+                "llama.cpp": self.gguf,
             }
         else:
             first = f"It is an ordinary `{self.model_class}` of smaller sizes: whatever opens that class opens it."
-            rows = {"transformers, PEFT": _PLAIN, "vLLM": _PLAIN, "llama.cpp": _GGUF}
-            if self.model_class == "Qwen2ForCausalLM" and self._lost_heads:
+            rows = {"transformers, PEFT": _PLAIN, "vLLM": _PLAIN, "llama.cpp": self.gguf}
+            if self.model_class == "Qwen2ForCausalLM" and not self.square:
                 rows["vLLM"] = _QWEN2
         lines = (*(_REGISTERING if self.is_ragged else ()), *_LOADING, *(_READING if self.has_tokenizer else ()))
         code = "\n".join(["```python", *lines, "```"])
@@ -137,8 +127,20 @@ _QWEN2 = "with `--model-impl transformers`: its own Qwen2 takes the head size fr
 _GGUF = "`atp export THIS_FOLDER model.gguf --format gguf`"
 _VLLM = "where atp is installed beside it: its plugin knows these models"
 _NO_VLLM = "not possible: a block has no attention, which vLLM has no place for"
-_NO_UNEVEN_GGUF = "not possible: llama.cpp has no uneven blocks of this family"
-_NO_GGUF = "not possible: its blocks read and write a part of the residual stream, which GGUF has no architecture for"
+
+
+def _gguf(folder: Path) -> str:
+    try:
+        from atp.export.gguf.layout import lay_out  # noqa: PLC0415  # needs the extra `gguf`
+        from atp.export.gguf.source import Source  # noqa: PLC0415
+    except ModuleNotFoundError:
+        return f"{_GGUF}, with the extra `gguf`; it says so where llama.cpp has no place for the model"
+    try:
+        source = Source(folder)
+        lay_out(source.config, source.shapes)
+    except ATPError as error:
+        return f"not possible: {error}"
+    return _GGUF
 
 
 def _size(size: int) -> str:

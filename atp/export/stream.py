@@ -6,11 +6,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.structure.live import base_layer
 from atp.structure.sharding import gathered, whole
 from atp.structure.space import HIDDEN, Space
+
+_AT_ONCE = 8192
+"""Rows of an embedding that are scaled together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,14 +34,13 @@ class StreamCut:
     offset: float = 0.0
 
     def of(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors cut along their last dimension, and scaled, in float32."""
-        cut = {name: t.index_select(-1, self.kept.to(t.device)) for name, t in own.items()}
-        return {name: self._scaled(t, self.weight if name == "weight" else self.rest) for name, t in cut.items()}
-
-    def _scaled(self, tensor: Tensor, factor: float) -> Tensor:
-        if factor == 1.0:
-            return tensor
-        return ((tensor.float() + self.offset) * factor - self.offset).to(tensor.dtype)
+        """Tensors cut along their last dimension, and scaled, in float32, a part at a time."""
+        cut = {name: t.detach().index_select(-1, self.kept.to(t.device)) for name, t in own.items()}
+        for name, tensor in cut.items():
+            factor = self.weight if name == "weight" else self.rest
+            for part in tensor.split(_AT_ONCE) if factor != 1.0 else ():
+                part.copy_((part.float() + self.offset) * factor - self.offset)
+        return cut
 
 
 def stream_cuts(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) -> dict[str, StreamCut]:
@@ -63,7 +67,9 @@ def stream_cuts(lm: PreTrainedModel, space: Space, masks: Mapping[str, Tensor]) 
 
 def _grows_with_width(embedding: nn.Module, hidden_size: int) -> bool:
     """Whether the embedding multiplies by the root of its own width, as Gemma's do."""
-    scale = getattr(embedding, "scalar_embed_scale", 1.0)
+    if isinstance(embedding, AuxiliaryTrainingWrapper):
+        embedding = embedding.original_module
+    scale = getattr(base_layer(embedding), "scalar_embed_scale", 1.0)
     return math.isclose(scale, math.sqrt(hidden_size), rel_tol=1e-6)
 
 

@@ -79,7 +79,7 @@ def budget_note(space: Space, masks: Mapping[str, Tensor], sparsity: float) -> s
         return None
     return (
         f"sparsity {sparsity:.4f} is not reachable exactly with these groups"
-        f"{' (uniform)' if space.uniform else ''}: taking {achieved:.4f}, the closest that is not larger a model"
+        f"{' (uniform)' if space.uniform else ''}: taking {achieved:.4f}, so that the model is not larger than asked"
     )
 
 

@@ -87,8 +87,8 @@ class _Axes:
         if stream.refusal:
             raise UnsupportedModelError(f"space='hidden': {stream.refusal}")
         step = stream.step
-        if self.uniform and "width" in self.parts and step > 1:  # it will be a multiple of whatever heads are left
-            step = math.lcm(*(n * queries for n in kv_heads))
+        if "width" in self.parts and step > 1:  # of whatever heads are left, where the result is plain
+            step = math.lcm(step, *(n * queries for n in kv_heads))
         counts = tuple(n for n in self.multiples(HIDDEN, size, "the model") if n % step == 0)
         name = self.add(GroupSet(HIDDEN, None, HIDDEN, size, counts))
         return Axis(name, torch.arange(size), 1)

@@ -64,17 +64,17 @@ class _Way:
         """What the stream is given where the writer has written `written`."""
         return self.factor * (written if self.norm is None else self.norm(written))
 
-    def wanted(self, written: Tensor, missing: Tensor) -> tuple[Tensor, Tensor | None]:
+    def wanted(self, written: Tensor, kept: Tensor, missing: Tensor) -> tuple[Tensor, Tensor | None]:
         """What to write in place of `written` to bring `missing` besides, and how much each token counts (`None`: 1).
 
-        The norm is taken as linear, with the root mean square of `written`; where its gain is next to nothing, so is
-        what a channel can bring, and no more is asked of it.
+        The norm is taken as linear, with the root mean square of `kept`, what of `written` it will be given; where its
+        gain is next to nothing, so is what a channel can bring, and no more is asked of it.
         """
         written, missing = written.float(), missing.float() / self.factor
         if self.norm is None:
             return written + missing, None
         gain = self.norm(torch.ones_like(written[:1, :1])).float()
-        size = written.square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        size = kept.float().square().mean(-1, keepdim=True).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
         floor = LEAST_GAIN * gain.abs().mean()
         return written + size * missing * gain / gain.square().clamp_min(floor.square()), 1 / size
 
@@ -140,7 +140,8 @@ def _follow_block(
 
     def wanted(way: _Way, by_writer: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
         for stream, whole, written in zip(streams, dense, by_writer, strict=True):
-            yield way.wanted(written, whole - stream.pruned if additive else torch.zeros_like(whole))
+            missing = whole - stream.pruned if additive else torch.zeros_like(whole)
+            yield way.wanted(written, attachment.along_stream(written), missing)
 
     off = attachment.switched_off()
     if block.attention.path in off:

@@ -349,3 +349,18 @@ def test_whole_halves_are_not_spared_by_a_floor() -> None:
     ranked = rank({s.name: torch.ones(s.size) for s in space.sets}, space, "global", (0, 0), floor=0.9)
     assert all((ranked[s.name] < 1).all() for s in space.sets if s.size == 1)
     assert any((ranked[s.name] > 1).any() for s in space.sets if s.size > 1)
+
+
+@pytest.mark.parametrize("how", ["block", "standard", "global"])
+@pytest.mark.parametrize("name", ["depth", "width+depth"])
+def test_whole_halves_are_ranked_by_their_scores(how: str, name: str) -> None:
+    """In a set of one there is nothing to compare with: they are compared with one another."""
+    _, space, _ = parts(name)
+    halves = [s.name for s in space.sets if s.size == 1]
+    found = {s.name: torch.full((s.size,), 1e6) for s in space.sets}
+    worth = dict(
+        zip(halves, torch.randperm(len(halves), generator=torch.Generator().manual_seed(3)) + 1.0, strict=True)
+    )
+    held = dict(zip((s.name for s in space.sets), space.group_parameters.tolist(), strict=True))
+    ranked = rank(found | {half: (worth[half] * held[half])[None] for half in halves}, space, how, (0, 0))
+    assert sorted(halves, key=lambda half: ranked[half].item()) == sorted(halves, key=lambda half: worth[half].item())

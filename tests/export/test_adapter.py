@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from atp.errors import ATPError, UnsupportedModelError
 from atp.export import export_adapter, load
+from atp.layers import attach
+from atp.structure.building import build_space
+from atp.structure.discovery import discover
 from atp.structure.live import base_layer
-from tests import families
+from tests import families, tiny
 from tests.export import cases
 from tests.export.cases import masked
 from tests.export.test_live_model import ADAPTERS, _tuned
@@ -56,6 +59,33 @@ def test_ranks_and_scales_of_their_own_are_carried(tmp_path):
     tuned = opened(export_adapter(model, tmp_path / "out"))
     assert families.relative_error(families.logits(tuned), families.logits(model)) <= 1e-5
     assert {module.r["default"] for module in tuned.modules() if hasattr(module, "lora_A")} == {4, 7}
+
+
+LAYERS = {
+    "ranks": {"rank_pattern": {r"layers\.2\..*q_proj": 7, "down_proj": 3}},
+    "scales": {"alpha_pattern": {r"layers\.3\.mlp\.up_proj": 31}},
+    "some_blocks": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [2, 3]},
+    "expression": {"target_modules": r".*layers\.[23]\..*(q|down)_proj"},
+    "paths": {"target_modules": ["model.layers.0.mlp.up_proj", "model.layers.3.self_attn.v_proj"]},
+}
+
+
+@pytest.mark.parametrize("settings", LAYERS)
+def test_settings_that_name_blocks_are_carried_where_blocks_went(settings, tmp_path):
+    model = families.with_lora(tiny.model(), **LAYERS[settings])
+    attachment = attach(model, build_space(discover(model), "depth", uniform=True))
+    attachment.set_masks(attachment.space.full() | {"1.whole_block": torch.zeros(1)})
+    tuned = opened(export_adapter(model, tmp_path / "out"))
+    assert tuned.config.num_hidden_layers == 3
+    assert families.relative_error(families.logits(tuned), families.logits(model)) <= 1e-5
+
+
+@pytest.mark.parametrize("adapter", ["head_and_embedding", "modules_to_save", "some_tokens"])
+def test_what_lies_on_the_embedding_or_head_is_not_cut_with_the_stream(adapter, tmp_path):
+    model = masked(_tuned(adapter), "hidden")
+    with pytest.raises(UnsupportedModelError, match="cannot be cut with the residual stream"):
+        export_adapter(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_base_holds_what_the_live_base_was_changed_to(tmp_path):

@@ -32,7 +32,13 @@ def card_of(folder):
 def test_a_family_that_llama_cpp_has_no_uneven_blocks_of_is_told_so(family, space, possible):
     text = card_of(exported(family, space).folder).text
     assert ("--format gguf" in text) == possible
-    assert ("llama.cpp has no uneven blocks of this family" in text) != possible
+    assert ("its blocks have unequal sizes" in text) != possible
+
+
+def test_a_plain_folder_that_llama_cpp_does_not_compute_is_told_why():
+    text = card_of(exported("smollm3", "uniform").folder).text
+    assert "--format gguf" not in text
+    assert "not possible: smollm3: " in text
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -50,7 +56,7 @@ def test_the_numbers_are_those_of_the_folder(space, tmp_path):
     assert ("| residual dimensions |" in text) == (space in ("hidden", "all", "plainest"))
     assert ("| blocks |" in text) == (space in ("depth", "blocks", "all", "plainest"))
     assert ("trust_remote_code=True" in text) == ("import atp" in text) == (not plain)
-    assert ("which GGUF has no architecture for" in text) == (space == "disp")
+    assert ("reads and writes a part of the residual stream" in text) == (space == "disp")
     gone = 0 in load(folder).config.atp.get("blocks", {}).get("kept", {}).get("kv", [])
     assert ("no attention, which vLLM has no place for" in text) == gone
     assert text.count("not possible") == (space == "disp") + gone

@@ -11,8 +11,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from atp.commands.inspect import equal_scores
 from atp.errors import UnsupportedModelError
+from atp.export import export, load
 from atp.export.layout import is_plain
+from atp.layers import attach
+from atp.structure.budget import project
+from atp.structure.building import build_space
+from atp.structure.discovery import discover
 from tests import families
 from tests.export.cases import CASES, LAYER_NORMS, SPACES, exported, masked
 
@@ -141,6 +147,17 @@ def test_padding_on_the_left_changes_nothing_where_attentions_are_gone(family):
     for cache in ("dynamic", "static"):
         beside = model.generate(padded, attention_mask=seen, cache_implementation=cache, **settings)
         assert torch.equal(beside[:, 13:], alone[:, 9:]), cache
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "granite"])
+def test_blocks_that_happen_to_be_alike_give_a_width_that_the_config_takes(family, tmp_path):
+    """Without `uniform`: as many heads are left in every block, and the stream's width must be a multiple of those."""
+    for sparsity in (0.2, 0.35, 0.5, 0.6):
+        model = families.build(family)
+        space = build_space(discover(model), "width+hidden")
+        attach(model, space).set_masks(project(equal_scores(space), space, sparsity))
+        loaded = load(export(model, tmp_path / str(sparsity))).eval()
+        assert families.relative_error(families.logits(loaded), families.logits(model)) <= 1e-5
 
 
 def test_tied_embeddings_stay_tied():

@@ -38,6 +38,16 @@ def _snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("adapter", ["head_and_embedding", "modules_to_save", "some_tokens"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "granite"])
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+def test_adapters_on_embeddings_that_are_scaled(adapter, family, tmp_path):
+    """Gemma multiplies by the root of its own width, which changes with the stream's."""
+    model = masked(_tuned(adapter, family), "hidden")
+    loaded = load(export(model, tmp_path / "out")).eval()
+    assert families.relative_error(families.logits(loaded), families.logits(model)) <= 1e-5
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("space", SPACES)
 def test_every_adapter_is_merged_and_the_live_model_is_untouched(adapter, space, tmp_path):

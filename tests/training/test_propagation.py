@@ -105,7 +105,7 @@ def test_a_norm_after_the_writer_gives_the_stream_what_it_lacks(family: str) -> 
     written = torch.randn(2, 5, hidden, generator=generator)
     missing = 1e-3 * torch.randn(2, 5, hidden, generator=generator)
     with torch.no_grad():
-        wanted, weight = way.wanted(written, missing)
+        wanted, weight = way.wanted(written, written, missing)
         assert families.relative_error(weight, 1 / written.square().mean(-1, keepdim=True).sqrt()) <= 1e-5
         brought = way.brings(wanted) - way.brings(written)
     along = written / written.norm(dim=-1, keepdim=True)  # what no output of the norm can have: another size
@@ -120,7 +120,8 @@ def test_a_channel_that_the_norm_shuts_is_asked_for_nothing() -> None:
     with torch.no_grad():
         norm.weight[3] = 0.0
     written = torch.ones(1, 1, 8)
-    wanted, _ = propagation._Way(norm, torch.nn.Identity(), norm, 1.0, None).wanted(written, torch.ones(1, 1, 8))
+    way = propagation._Way(norm, torch.nn.Identity(), norm, 1.0, None)
+    wanted, _ = way.wanted(written, written, torch.ones(1, 1, 8))
     assert wanted[0, 0, 3] == 1.0
     assert torch.isfinite(wanted).all()
 

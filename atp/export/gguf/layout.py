@@ -70,6 +70,12 @@ def _why_not_its_own(config: Any, family: Family, entries: Entries, blocks: list
         return "its blocks have lost an attention or MLP"
     if family.square and family.deci and first.heads * head_dim != config.hidden_size:
         return f"llama.cpp's {family.architecture} has no pruned heads"
+    if (
+        family.square
+        and not family.deci
+        and (config.hidden_size % head_dim or config.hidden_size < first.heads * head_dim)
+    ):
+        return f"llama.cpp's {family.architecture} has no other hidden size than heads x head size"
     for found in filter(None, map(place, entries)):
         if found.kind == "bias" and found.part not in family.biases:
             return f"llama.cpp's {family.architecture} has no bias on {found.part}"
@@ -82,7 +88,11 @@ def _refusal(config: Any, family: Family, why: str, head_dim: int, rotary_dims: 
         other = f"'deci' does not compute {name}"
     else:
         other = f"'deci' rotates whole heads, and here {rotary_dims} of {head_dim} dimensions"
-    instead = "train with compensate='auto'" if "bias" in why else "train with uniform=True"
+    instead = "train with uniform=True"
+    if "bias" in why:
+        instead = "train with compensate='auto'"
+    elif "hidden size" in why:
+        instead = "leave the residual stream whole (space='width', 'depth' or both)"
     return (
         f"{name}: {why}, and of llama.cpp's architectures only 'deci' could say so, but {other}: {instead}, "
         "or keep the Hugging Face folder"

@@ -73,6 +73,7 @@ def test_unequal_blocks_as_deci_or_refused(case, tmp_path):
         *((case, "blocks", None) for case in ("llama", "qwen2", "gemma2", "phi3", "stablelm", "gpt_neox", "granite")),
         ("llama", "all", None),
         ("gemma3", "blocks", "layer_types"),
+        ("olmo2", "hidden", "has no other hidden size than heads x head size"),
     ],
 )
 def test_fewer_dimensions_of_the_stream_and_fewer_blocks(case, space, why, tmp_path):
