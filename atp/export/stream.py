@@ -14,7 +14,7 @@ from atp.structure.live import base_layer
 from atp.structure.sharding import gathered, whole
 from atp.structure.space import HIDDEN, Space
 
-_AT_ONCE = 8192
+_AT_ONCE = 1024
 """Rows of an embedding that are scaled together."""
 
 
