@@ -30,7 +30,9 @@ ENGINES = {
     "zero3": "DeepSpeedEngine",
 }
 IN_PARTS = ("fsdp2", "zero3")
-CASES = ("joint", "alternating", "accumulated", "bf16", "spaces")
+CASES = ("joint", "alternating", "accumulated", "bf16")
+ALSO = {"ddp": ("distilled", "spaces"), "fsdp2": ("spaces",)}
+"""Distillation where weights are not in parts; joined spaces where it takes seconds, not a minute (ZeRO)."""
 WHAT = ("adapter", "base", "decision")
 
 ROUNDING = 1e-4
@@ -44,7 +46,7 @@ def launched(folder: Path, engine: str | None, base: Path, *words: str, ok: bool
     """Run `tests.processes` in one process, or in two on an engine."""
     skip_unless_wanted(engine)
     command = [*launcher(engine), "tests.processes", str(folder), *words, "--base", str(base)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=600)
     last = folder / next(word for word in reversed(words) if not word.startswith("-")) / "seen-0.json"
     if ok:  # gloo sometimes aborts at exit, so that what is there counts, not the status
         assert last.exists(), done.stderr[-3000:]
@@ -104,16 +106,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    launched(folder, None, base, "distilled", *CASES)
+    launched(folder, None, base, *ALSO["ddp"], *CASES)
     return folder
 
 
 @pytest.fixture(scope="module", params=list(ENGINES))
 def uncut(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """An engine, and every case on it in two processes; distillation where weights are not in parts."""
+    """An engine, and every case on it in two processes."""
     engine = request.param
     folder = tmp_path_factory.mktemp(engine)
-    launched(folder, engine, base, *(("distilled",) if engine == "ddp" else ()), *CASES)
+    launched(folder, engine, base, *ALSO.get(engine, ()), *CASES)
     return engine, folder
 
 

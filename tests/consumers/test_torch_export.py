@@ -18,7 +18,10 @@ needs_onnx = pytest.mark.skipif(
     any(find_spec(package) is None for package in ("onnxscript", "onnxruntime")),
     reason="needs onnxscript and onnxruntime: pip install 'atp[onnx]'",
 )
-every_case = pytest.mark.parametrize(("family", "space"), [(f, s) for f in ("llama", "gemma3") for s in SPACES])
+EVERY = [("llama", space) for space in SPACES] + [("gemma3", "uniform"), ("gemma3", "disp")]
+every_case = pytest.mark.parametrize(("family", "space"), EVERY)
+    ("family", "space"), [("llama", s) for s in SPACES] + [("gemma3", s) for s in ("uniform", "disp")]
+)
 some_cases = pytest.mark.parametrize(
     ("family", "space"), [("gemma3", "uniform"), *(("llama", space) for space in ("uniform", "width", "disp", "depth"))]
 )

@@ -29,7 +29,13 @@ SPACES = {
 }
 LAYER_NORMS = ("starcoder2", "stablelm", "gpt_neox", "gpt_neox_serial")
 """Families whose residual stream cannot be cut."""
-CASES = [(f, s) for f in families.FAMILIES for s in SPACES if f not in LAYER_NORMS or "hidden" not in SPACES[s][0]]
+UNLIKE = ("llama", "llama_tied", "qwen2", "gemma3", "phi3", "olmo2", "smollm3", "gpt_neox")
+"""Families that differ in what `hidden` and `depth` touch: norms, scales, packed projections, settings per block."""
+CASES = [
+    *((f, s) for f in families.FAMILIES for s in ("width", "uniform", "disp")),
+    *((f, s) for f in UNLIKE for s in ("depth", "blocks")),
+    *((f, s) for f in UNLIKE for s in ("hidden", "all", "plainest") if f not in LAYER_NORMS),
+]
 SPARSITY = 0.4
 FOLDERS = TemporaryDirectory(prefix="atp-test-")
 """Removed when the process ends."""

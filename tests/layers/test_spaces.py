@@ -11,14 +11,10 @@ from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from tests import families
-from tests.export.cases import LAYER_NORMS, SPACES, masked, random_masks
+from tests.export import cases
+from tests.export.cases import SPACES, masked, random_masks
 
-CASES = [
-    (family, space)
-    for family in families.FAMILIES
-    for space in ("hidden", "depth", "blocks", "all")
-    if family not in LAYER_NORMS or "hidden" not in SPACES[space][0]
-]
+CASES = [(family, space) for family, space in cases.CASES if space in ("hidden", "depth", "blocks", "all")]
 
 
 def _with_zeros(model, space, masks):
