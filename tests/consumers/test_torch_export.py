@@ -20,8 +20,6 @@ needs_onnx = pytest.mark.skipif(
 )
 EVERY = [("llama", space) for space in SPACES] + [("gemma3", "uniform"), ("gemma3", "disp")]
 every_case = pytest.mark.parametrize(("family", "space"), EVERY)
-    ("family", "space"), [("llama", s) for s in SPACES] + [("gemma3", s) for s in ("uniform", "disp")]
-)
 some_cases = pytest.mark.parametrize(
     ("family", "space"), [("gemma3", "uniform"), *(("llama", space) for space in ("uniform", "width", "disp", "depth"))]
 )
