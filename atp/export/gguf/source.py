@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from atp.errors import CheckpointError
 
@@ -73,8 +73,8 @@ def _config(folder: Path) -> PreTrainedConfig:
 
 def _shapes(config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]]:
     try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+        with torch.device("meta"):  # not `from_config`: under ZeRO-3 all processes would have to call it
+            model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder}: no model can be built from config.json ({_line(error)})") from None
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
