@@ -147,10 +147,8 @@ def _cut(key: str, tensor: Tensor, model: Any, compact: CompactTensors) -> Tenso
     if part == "magnitude_vector" and sides.cols is not None:
         tensor = tensor * _shortened(model.get_submodule(f"{_PREFIX}{path}"), sides.cols).to(tensor)
     if part in ("B.weight", "B.bias", "magnitude_vector"):
-        tensor, scale = (
-            tensor if sides.rows is None else tensor[sides.rows],
-            sides.rest if part == "B.bias" else sides.weight,
-        )
+        tensor = tensor if sides.rows is None else tensor[sides.rows]
+        scale = sides.rest if part == "B.bias" else sides.weight
         return tensor if scale == 1.0 else (tensor.float() * scale).to(tensor.dtype)
     return tensor
 

@@ -70,11 +70,6 @@ class Pruned:
         """Whether a block has none."""
         return self.is_ragged and 0 in self.entry["blocks"]["kept"].get(KV, ())
 
-    @property
-    def gathers(self) -> bool:
-        """Whether blocks read and write a part of the residual stream only."""
-        return bool(self.entry.get("blocks", {}).get("selections"))
-
     def table(self) -> str:
         """Sizes before and after, Markdown."""
         before, after = self.entry["parameters"]["before"], self.entry["parameters"]["after"]

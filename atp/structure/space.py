@@ -138,7 +138,7 @@ class Space:
         return 1.0 - self.kept_parameters(self.kept_counts(masks)).item() / self.prunable_parameters
 
     def in_effect(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same decision with nothing kept inside what is switched off; where nothing can be, `masks` itself."""
+        """The same decision with nothing kept inside what is switched off."""
         effect = dict(masks)
         for linear in self.linears:
             if linear.switch is not None and not masks[linear.switch.set].any():

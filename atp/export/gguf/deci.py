@@ -39,17 +39,11 @@ def without_lost_parts(entries: Entries, blocks: list[Sizes], hidden_size: int) 
         if not size.heads:
             written.pop(f"blk.{block}.attn_norm.weight")
         if not size.channels:
-            zeros = _zeros({"ffn_gate": 1, "ffn_up": 1}, hidden_size, "ffn_down")
-            written |= {f"blk.{block}.{part}": entry for part, entry in zeros.items()}
+            written |= {f"blk.{block}.{part}.weight": _zeros(1, hidden_size) for part in ("ffn_gate", "ffn_up")}
+            written[f"blk.{block}.ffn_down.weight"] = _zeros(hidden_size, 1)
         left.append(Sizes(size.heads, size.kv_heads, channels))
     return written, left
 
 
-def _zeros(readers: dict[str, int], hidden_size: int, writer: str) -> Entries:
-    """Readers and a writer that write nothing."""
-    zeros = {f"{part}.weight": _constant((rows, hidden_size), 0.0) for part, rows in readers.items()}
-    return zeros | {f"{writer}.weight": _constant((hidden_size, next(iter(readers.values()))), 0.0)}
-
-
-def _constant(shape: tuple[int, ...], value: float) -> Entry:
-    return Entry(shape, None, lambda _: torch.full(shape, value))
+def _zeros(rows: int, cols: int) -> Entry:
+    return Entry((rows, cols), None, lambda _: torch.zeros(rows, cols))
