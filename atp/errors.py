@@ -4,6 +4,11 @@ The command line turns any of these into exit status 2 and that one line.
 """
 
 
+def in_one_line(error: BaseException, at_most: int = 200) -> str:
+    """What an error of a library says, on one line of so many characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:at_most] or type(error).__name__
+
+
 class ATPError(ValueError):
     """Base of all errors this package raises on purpose."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from atp.errors import CheckpointError
+from atp.errors import CheckpointError, in_one_line
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def written_beside(out: Path) -> Iterator[Path]:
         _take_place(fresh, out, aside)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{out} could not be written ({_one_line(error)}): nothing was changed; free some space or choose "
+            f"{out} could not be written ({in_one_line(error)}): nothing was changed; free some space or choose "
             "another folder"
         ) from error
     finally:
@@ -49,7 +49,7 @@ def file_written_beside(out: Path) -> Iterator[Path]:
         fresh.replace(out)
     except OSError as error:
         raise CheckpointError(
-            f"{out} could not be written ({_one_line(error)}): nothing was changed; free some space or choose "
+            f"{out} could not be written ({in_one_line(error)}): nothing was changed; free some space or choose "
             "another place"
         ) from error
     finally:
@@ -72,7 +72,3 @@ def _take_place(fresh: Path, out: Path, aside: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         aside.unlink(missing_ok=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

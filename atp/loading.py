@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from atp.callback import restore
-from atp.errors import CheckpointError, ConfigError
+from atp.errors import CheckpointError, ConfigError, in_one_line
 from atp.export.loading import load as load_exported
 from atp.models import load_model
 from atp.recipe import ModelSettings, Recipe
@@ -65,7 +65,9 @@ def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None
     try:
         name = json.loads((adapter / _CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{adapter / _CONFIG} cannot be read ({error}): train or export again") from None
+        raise CheckpointError(
+            f"{adapter / _CONFIG} cannot be read ({in_one_line(error)}): train or export again"
+        ) from None
     if not name:
         raise CheckpointError(f"{adapter}: does not say which model it tuned: give base (on the command line, --base)")
     return ModelSettings(name, gguf_file)
@@ -80,8 +82,9 @@ def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs:
     try:
         model = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{adapter}: does not fit {base.name_or_path} or is damaged ({reason})") from error
+        raise CheckpointError(
+            f"{adapter}: does not fit {base.name_or_path} or is damaged ({in_one_line(error)})"
+        ) from error
     if (adapter / FOLDER).is_dir():
         restore(model, adapter)
     return model

@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atp.errors import ATPError, ConfigError, ModelError
+from atp.errors import ATPError, ConfigError, ModelError, in_one_line
 
 
 def load_model(
@@ -99,11 +99,5 @@ def load_with(loader: Any, name: str, what: str, arguments: dict[str, Any]) -> A
         raise
     except Exception as error:  # loaders raise OSError, ValueError, KeyError, safetensors and hub errors alike
         raise ModelError(
-            f"{name}: the {what} cannot be loaded, check the name and the network: {first_line(error)}"
+            f"{name}: the {what} cannot be loaded, check the name and the network: {in_one_line(error)}"
         ) from None
-
-
-def first_line(error: Exception) -> str:
-    """Of an error's message, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

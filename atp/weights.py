@@ -1,4 +1,4 @@
-"""Writing tensors one at a time, so that saving needs no memory for a second model.
+"""Files of weights: which a folder has, and writing them a tensor at a time, so that saving needs no second model.
 
 The files are those of `save_pretrained`: `NAME.safetensors`, or shards of it and their index. The format: the header's
 length (8 bytes, little-endian), the header (JSON: dtype, shape and bytes from-to of every tensor), and the bytes.
@@ -15,7 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from atp.errors import CheckpointError, UnsupportedModelError
+from atp.errors import CheckpointError, UnsupportedModelError, in_one_line
 
 MAX_SHARD_SIZE = "50GB"
 
@@ -32,6 +32,25 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _ALIGNMENT = 8
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `save_pretrained` leaves: one, or those that an index names, all in the folder itself.
+
+    Raises:
+        CheckpointError: where the index cannot be read, or names what is no weight file of the folder.
+    """
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index.is_file():
+        return [single]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} cannot be read ({in_one_line(error)}): export the model again") from None
+    for file in names:
+        if not (isinstance(file, str) and file == Path(file).name and file.endswith(".safetensors")):
+            raise CheckpointError(f"{index}: {file!r} is no weight file of this folder: export the model again")
+    return [single] if single.is_file() else [folder / file for file in sorted(names)]
 
 
 def write_weights(

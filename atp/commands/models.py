@@ -6,8 +6,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from atp.commands.shapes import SHAPES, config_of
-from atp.errors import ConfigError, UnsupportedModelError
-from atp.models import first_line, load_with, split_gguf
+from atp.errors import ConfigError, UnsupportedModelError, in_one_line
+from atp.models import load_with, split_gguf
 
 
 def load_shell(name: str, gguf_file: str | None = None, dtype: str | None = None) -> PreTrainedModel:
@@ -49,7 +49,7 @@ def _from_config(name: str, config: PretrainedConfig, device: str, dtype: torch.
         with torch.device(device):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
-        raise UnsupportedModelError(f"{name}: {first_line(error)}") from None
+        raise UnsupportedModelError(f"{name}: {in_one_line(error)}") from None
 
 
 def best_device() -> str:

@@ -8,7 +8,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from atp.errors import CheckpointError
+from atp.errors import CheckpointError, in_one_line
+from atp.weights import weight_files
 
 
 def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -20,14 +21,16 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     path = Path(path)
     _check_config(path)
-    _check_index(path)
+    weight_files(path)  # an index must not lead elsewhere
     arguments = {"output_loading_info": True, "use_safetensors": True} | kwargs
     try:
         model, found = AutoModelForCausalLM.from_pretrained(path, **arguments)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: weights cannot be read ({_reason(error)}): export the model again") from error
+        raise CheckpointError(
+            f"{path}: weights cannot be read ({in_one_line(error)}): export the model again"
+        ) from error
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"{path}: cannot be loaded ({_reason(error)}): export the model again") from error
+        raise CheckpointError(f"{path}: cannot be loaded ({in_one_line(error)}): export the model again") from error
     for what in ("missing_keys", "mismatched_keys"):
         if found[what]:
             names = sorted(str(name) for name in found[what])
@@ -37,24 +40,6 @@ def load(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _check_index(path: Path) -> None:
-    """Weights lie in the folder itself: an index must not lead elsewhere."""
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read ({_reason(error)}): export the model again") from None
-    for name in names:
-        if not (isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")):
-            raise CheckpointError(f"{index}: {name!r} is no weight file of this folder: export the model again")
-
-
 def _check_config(path: Path) -> None:
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: pass one that atp.export wrote")
@@ -62,6 +47,6 @@ def _check_config(path: Path) -> None:
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{config} cannot be read ({error}): export the model again") from None
+        raise CheckpointError(f"{config} cannot be read ({in_one_line(error)}): export the model again") from None
     if not isinstance(values, dict) or "model_type" not in values:
         raise CheckpointError(f"{config} names no model_type: export the model again")

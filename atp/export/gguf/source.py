@@ -1,6 +1,5 @@
 """Reading a Hugging Face folder a tensor at a time, its shapes checked against what its config builds."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from atp.errors import CheckpointError
+from atp.errors import CheckpointError, in_one_line
+from atp.weights import weight_files
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ALSO_CALLED = {"lm_head.weight": "embed_out.weight"}
 """What `save_pretrained` writes for a state-dict name (GPT-NeoX)."""
 
@@ -67,7 +66,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} cannot be read ({_line(error)}): export the model again"
+            f"{folder / 'config.json'} cannot be read ({in_one_line(error)}): export the model again"
         ) from None
 
 
@@ -76,7 +75,7 @@ def _shapes(config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]
         with torch.device("meta"):  # not `from_config`: under ZeRO-3 all processes would have to call it
             model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     except (ValueError, TypeError, RuntimeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: no model can be built from config.json ({_line(error)})") from None
+        raise CheckpointError(f"{folder}: no model can be built from config.json ({in_one_line(error)})") from None
     tied = set(model._tied_weights_keys or ()) if config.tie_word_embeddings else set()
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
@@ -84,7 +83,7 @@ def _shapes(config: PreTrainedConfig, folder: Path) -> dict[str, tuple[int, ...]
 def _stored_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """The file and shape of every stored tensor."""
     found = {}
-    for path in _files(folder):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - it is no dict
@@ -94,23 +93,5 @@ def _stored_shapes(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     return found
 
 
-def _files(folder: Path) -> list[Path]:
-    """Files of weights; names that would lead out of the folder are refused."""
-    index = folder / _INDEX
-    if (folder / _SINGLE).is_file() or not index.is_file():
-        return [folder / _SINGLE]
-    try:
-        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(index, error) from error
-    if outside := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{index}: names a file outside the folder, {outside[0]!r}: export the model again")
-    return [folder / name for name in names]
-
-
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: weights cannot be read ({_line(error)}): export the model again")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return CheckpointError(f"{path}: weights cannot be read ({in_one_line(error)}): export the model again")

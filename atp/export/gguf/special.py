@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 from tokenizers import AddedToken, Tokenizer
 
-from atp.errors import UnsupportedModelError
+from atp.errors import UnsupportedModelError, in_one_line
 
 _PHI3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 
@@ -41,8 +41,7 @@ def read_tokenizer(folder: Path) -> tuple[dict[str, Any], Tokenizer]:
         text = path.read_text(encoding="utf-8")
         return json.loads(text), Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModelError(f"{path} cannot be read ({reason}): save the tokenizer again") from None
+        raise UnsupportedModelError(f"{path} cannot be read ({in_one_line(error)}): save the tokenizer again") from None
 
 
 def fitting_name(name: str, folder: Path) -> str:
@@ -71,8 +70,9 @@ def add_special(
     try:
         special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnsupportedModelError(f"{folder}: tokenizer files cannot be read ({reason}): save them again") from None
+        raise UnsupportedModelError(
+            f"{folder}: tokenizer files cannot be read ({in_one_line(error)}): save them again"
+        ) from None
     if merges and not special.merges:
         raise UnsupportedModelError(f"{folder}: the tokenizer has no merges, which llama.cpp needs")
     edges = _edges(tokenizer)
