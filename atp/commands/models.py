@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ConfigError, UnsupportedModelError, in_one_line
 from atp.models import load_with, split_gguf
+from atp.structure.families import keep_blocks
 
 
 def load_shell(name: str, gguf_file: str | None = None, dtype: str | None = None) -> PreTrainedModel:
@@ -31,9 +32,7 @@ def random_model(name: str, layers: int | None = None, dtype: str = "float32") -
         text = config.get_text_config()
         if layers > text.num_hidden_layers:
             raise ConfigError(f"{name} has {text.num_hidden_layers} blocks: ask for no more than those, not {layers}")
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:layers]
+        keep_blocks(text, range(layers))
     return _from_config(name, config, best_device(), getattr(torch, dtype))
 
 

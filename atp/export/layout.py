@@ -29,7 +29,7 @@ from atp.export import modeling_atp
 from atp.export.compaction import SELECTIONS
 from atp.export.remaining import Remaining, kept_counts
 from atp.structure.discovery import Block, is_ragged, plain_config
-from atp.structure.families import PER_BLOCK_SETTINGS
+from atp.structure.families import keep_blocks
 from atp.structure.live import base_layer
 from atp.structure.space import HIDDEN, KV, MLP, SWITCHES, WHOLE_BLOCK, Space
 
@@ -150,9 +150,9 @@ def _shortened(config: PreTrainedConfig, blocks: list[int]) -> PreTrainedConfig:
     """`config` with these blocks left."""
     if len(blocks) == config.num_hidden_layers:
         return config
-    values = config.to_dict()
-    per_block = {name: [values[name][i] for i in blocks] for name in PER_BLOCK_SETTINGS if values.get(name)}
-    return type(config).from_dict(values | {"num_hidden_layers": len(blocks)} | per_block)
+    config = copy.deepcopy(config)
+    keep_blocks(config, blocks)
+    return config
 
 
 def _added_biases(lm: PreTrainedModel, stock: PreTrainedModel, space: Space) -> set[str]:

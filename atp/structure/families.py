@@ -5,7 +5,10 @@ lay out their rows. That is read here from the layer's own name. A name that is 
 a guess.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from transformers import PreTrainedConfig
 
 
 class Role(NamedTuple):
@@ -68,5 +71,13 @@ NORMS_WRITING = {"post_feedforward_layernorm"}
 NORMS_EITHER = {"post_attention_layernorm"}
 """Of the second kind where the block has another of them (Gemma 2 and 3, OLMo 2), else of the first (Llama)."""
 
-PER_BLOCK_SETTINGS = ("layer_types", "no_rope_layers")
+_PER_BLOCK_SETTINGS = ("layer_types", "no_rope_layers")
 """Entries of configs that are a list with one value a block."""
+
+
+def keep_blocks(config: PreTrainedConfig, blocks: Sequence[int]) -> None:
+    """Cut a decoder's `config` to these of its blocks, in place."""
+    for name in _PER_BLOCK_SETTINGS:
+        if values := getattr(config, name, None):
+            setattr(config, name, [values[index] for index in blocks])
+    config.num_hidden_layers = len(blocks)
