@@ -203,6 +203,7 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     assert after == json.loads((run / "metrics.json").read_text())["pruned"]["parameters"]
     assert {f.name for f in out.iterdir()} == {"base", "adapter"}
     assert ModelCard.load(out / "adapter" / "README.md").data.eval_results[0].metric_value == round(measured, 4)
+    assert "an adapter without a decision" in refused(capsys, "export", out, tmp_path / "again")
 
     def write_gguf(folder, out, dtype, *, overwrite):
         asked.append((sorted(f.name for f in Path(folder).iterdir()), dtype, overwrite))

@@ -18,6 +18,7 @@ from atp.export import export, export_adapter
 from atp.export.card import About
 from atp.loading import adapter_folder, base_of, load
 from atp.models import load_tokenizer
+from atp.training.state import FOLDER
 
 FORMATS = ("hf", "gguf", "adapter")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -74,6 +75,11 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
 
 
 def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str, Any]:
+    if not (adapter / FOLDER).is_dir():
+        raise CheckpointError(
+            f"{adapter} is an adapter without a decision: give the output folder of a run; one of `--format adapter` is "
+            "pruned already, and atp.load(...).merge_and_unload() merges it"
+        )
     base = base_of(adapter, arguments.base, arguments.gguf_file)
     tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
     model = load(adapter, base=arguments.base, gguf_file=arguments.gguf_file)
