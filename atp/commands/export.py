@@ -77,7 +77,7 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
 def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str, Any]:
     if not (adapter / FOLDER).is_dir():
         raise CheckpointError(
-            f"{adapter} is an adapter without a decision: give the output folder of a run; one of `--format adapter` is "
+            f"{adapter} is an adapter without a decision: give a run's output folder; one of `--format adapter` is "
             "pruned already, and atp.load(...).merge_and_unload() merges it"
         )
     base = base_of(adapter, arguments.base, arguments.gguf_file)
