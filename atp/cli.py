@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for option in ("json", "csv"):
             if (file := getattr(arguments, option, None)) and not Path(file).parent.is_dir():
                 raise ConfigError(f"--{option} {file}: its folder does not exist: make it first")
-        arguments.overrides = overrides
+        arguments.overrides, arguments.words = overrides, list(sys.argv[1:] if argv is None else argv)
         return arguments.run(arguments) or 0
     except ATPError as error:
         return _refuse(error)

@@ -91,6 +91,11 @@ def read_task(path: str) -> list[TaskRow]:
     return rows
 
 
+def fingerprint_of(rows: Iterable[Row]) -> str:
+    """Of the content and order of a set of rows: 16 hexadecimal digits."""
+    return hashlib.sha256("".join(row.fingerprint for row in rows).encode()).hexdigest()[:16]
+
+
 def check_disjoint(rows: Iterable[Row], held_out: Iterable[Row], names: tuple[str, str]) -> None:
     """Raise `DataError` if the two share a row; `names` are what the message calls them."""
     shared = {row.fingerprint for row in rows} & {row.fingerprint for row in held_out}

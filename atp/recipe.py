@@ -105,7 +105,8 @@ class DataSettings:
 class Recipe:
     """One run. `lora` and `training` are arguments of `LoraConfig` and `TrainingArguments`, defaults filled in.
 
-    Without `atp` (`None`; `false` in YAML) the run is plain LoRA.
+    Without `atp` (`None`; `false` in YAML) the run is plain LoRA. `measure_base`: the base model's cost and quality are
+    measured too, before tuning, in runs of one process.
     """
 
     model: ModelSettings
@@ -114,6 +115,7 @@ class Recipe:
     atp: ATPConfig | None = field(default_factory=ATPConfig)
     lora: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    measure_base: bool = True
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -142,6 +144,7 @@ class Recipe:
             atp=None if values.get("atp") is False else _atp_config(_section(values, "atp")),
             lora=LORA_DEFAULTS | _checked(LoraConfig, _section(values, "lora"), "lora"),
             training=TRAINING_DEFAULTS | _checked(TrainingArguments, _section(values, "training"), "training"),
+            measure_base=_switch(values, "measure_base"),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -205,6 +208,13 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ConfigError(f"recipe: `{name}` must be a mapping of settings, found {section!r}")
     return section
+
+
+def _switch(values: dict[str, Any], name: str) -> bool:
+    value = values.get(name, True)
+    if not isinstance(value, bool):
+        raise ConfigError(f"recipe: {name}={value!r} is not allowed: it must be true or false")
+    return value
 
 
 def _atp_config(values: dict[str, Any]) -> ATPConfig:

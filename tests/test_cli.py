@@ -11,8 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 from atp.cli import build_parser, main
 from atp.commands.output import write_json
@@ -170,6 +172,11 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
     removed = metrics["pruning"]["prunable_parameters"] - metrics["pruning"]["kept_parameters"]
     assert metrics["pruned"]["parameters"] == sum(p.numel() for p in tiny.model().parameters()) - removed
 
+    assert metrics["command"][:2] == ["atp", "train"]
+    assert metrics["data"]["rows"] == {"train": 120, "validation": 20}
+    assert metrics["base"]["parameters"] == sum(p.numel() for p in tiny.model().parameters())
+    assert [sample["prompt"] for sample in metrics["samples"]] == [tiny.row(i)["prompt"] for i in (120, 126, 133)]
+
     assert "already holds a run" in refused(capsys, "train", path)
     assert json.loads((run / "metrics.json").read_text()) == metrics
     assert main(["train", path, "--atp.sparsity", "0.5", "--resume"]) == 0
@@ -185,6 +192,32 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "eval.json")]) == 0
     first, second = json.loads((tmp_path / "eval.json").read_text())["models"]
     assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
+
+
+def test_measuring_the_base_model_changes_nothing(base, recipe, tmp_path):
+    recipe["atp"] = False
+    for name, options in {"with": (), "without": ("--measure_base", "false")}.items():
+        assert main(["train", written(recipe, tmp_path), "--output_dir", str(tmp_path / name), *options]) == 0
+    metrics, without = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("with", "without"))
+    assert metrics["validation"]["nll"] == without["validation"]["nll"]
+    assert "base" not in without
+    assert without["samples"][0]["base"] is None
+
+    argv = ["eval", str(base), "--data", recipe["data"]["validation"], "--packing", "--max-length", "16"]
+    assert main([*argv, "--json", str(tmp_path / "eval.json")]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())["models"][0]
+    assert metrics["base"]["validation"]["nll"] == pytest.approx(found["nll"], rel=1e-6)
+
+
+def test_the_seed_is_the_adapters_too(recipe, tmp_path):
+    recipe |= {"atp": False, "measure_base": False}
+    recipe["training"] |= {"max_steps": 1, "learning_rate": 0.0}
+    for name, seed in {"a": "1", "b": "1", "c": "2"}.items():
+        options = ("--output_dir", str(tmp_path / name), "--training.seed", seed)
+        assert main(["train", written(recipe, tmp_path), *options]) == 0
+    a, b, c = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(torch.equal(a[key], c[key]) for key in a if "lora_A" in key)
 
 
 def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):

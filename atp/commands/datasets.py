@@ -1,23 +1,35 @@
 """A recipe's data: read, checked, tokenised."""
 
+import re
 from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from atp.data import Row, TaskRow, check_disjoint, make_windows, read_rows, read_task
+from atp.data import Row, TaskRow, check_disjoint, fingerprint_of, make_windows, read_rows, read_task
 from atp.evaluation import check_tasks_available, evenly_spread
 from atp.recipe import DataSettings
+
+_SAMPLES = 3
+_PROMPT_WORDS, _REFERENCE_WORDS = 24, 60
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Tokenised windows; `validation` holds the ones to measure, `tasks` the rows to score, by task."""
+    """Tokenised windows; `validation` holds the ones to measure, `tasks` the rows to score, by task.
+
+    Attributes:
+        samples: held-out rows that models continue, `completion` being how the text goes on.
+        fingerprints, rows: of every set, by name.
+    """
 
     train: Dataset
     validation: Dataset | None
     calibration: Dataset | None
     tasks: dict[str, list[TaskRow]]
+    samples: tuple[Row, ...]
+    fingerprints: dict[str, str]
+    rows: dict[str, int]
 
 
 def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progress: bool) -> RunData:
@@ -52,4 +64,25 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progre
     measured = windows(validation)
     if measured is not None:
         measured = measured.select(evenly_spread(len(measured), settings.validation_windows))
-    return RunData(windows(train), measured, windows(calibration), tasks)
+    named = {"train": train, "validation": validation, "calibration": calibration}
+    sets = {name: found for name, found in named.items() if found} | {f"tasks/{n}": t for n, t in tasks.items()}
+    return RunData(
+        windows(train),
+        measured,
+        windows(calibration),
+        tasks,
+        samples=_samples(validation or []),
+        fingerprints={name: fingerprint_of(found) for name, found in sets.items()},
+        rows={name: len(found) for name, found in sets.items()},
+    )
+
+
+def _samples(rows: list[Row]) -> tuple[Row, ...]:
+    """A few rows, evenly spread; of plain text the beginning becomes the prompt."""
+    chosen = [rows[index] for index in evenly_spread(len(rows), _SAMPLES)] if rows else []
+    return tuple(row if row.prompt else _split(row.completion) for row in chosen)
+
+
+def _split(text: str) -> Row:
+    words = re.findall(r"\s*\S+", text)
+    return Row("".join(words[:_PROMPT_WORDS]), "".join(words[_PROMPT_WORDS : _PROMPT_WORDS + _REFERENCE_WORDS]))

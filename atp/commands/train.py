@@ -5,35 +5,32 @@ Everything a user can get wrong is checked before the first weight is loaded. On
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.callback import ATPCallback, save_adapters
 from atp.commands.about import about_recipe, rewrite_card
-from atp.commands.datasets import RunData, load_data
-from atp.commands.measurement import PeakMemoryCallback, model_cost
-from atp.commands.models import computes_in_bf16, to_best_device
+from atp.commands.datasets import load_data
+from atp.commands.measurement import PeakMemoryCallback
+from atp.commands.models import computes_in_bf16
 from atp.commands.output import flatten, print_table, write_json, write_text
+from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.evaluation import folder_bytes, perplexity, score_task
-from atp.models import load_model, load_tokenizer
+from atp.models import load_tokenizer
 from atp.recipe import Recipe
-from atp.structure.sharding import is_sharded
 from atp.training.state import set_aside_unfinished
 
 logger = logging.getLogger(__name__)
@@ -72,7 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
     with _first_process_first(training):
         data = load_data(recipe.data, tokenizer, progress=first)
-    model = get_peft_model(_base_model(recipe), lora)
+    base = base_model(recipe)
+    measured = base_results(base, tokenizer, data) if recipe.measure_base and training.world_size == 1 else None
+    set_seed(training.seed)  # the adapter's first weights are the seed's too
+    model = get_peft_model(base, lora)
     if first:
         _prepare(Path(recipe.output_dir), recipe, arguments.overwrite)
     memory = PeakMemoryCallback()
@@ -92,21 +92,25 @@ def run(arguments: argparse.Namespace) -> None:
         save_adapters(tuned, Path(recipe.output_dir) / "final", first)
     unset_hf_deepspeed_config()  # what is loaded from now on is the first process's alone, not in ZeRO-3's parts
     if first:
-        model, cost = (_pruned if pruning else _merged)(recipe, tuned)
         results = {
             "model": recipe.model.name_or_path,
+            "command": ["atp", *arguments.words],
             "training": outcome.metrics | {"peak_memory_mib": memory.peak_mib},
             **({"pruning": pruning.summary()} if pruning else {}),
-            **cost,
-            **_quality(model, tokenizer, data),
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+            **run_results(recipe, tuned, tokenizer, data, measured),
         }
-        write_json(Path(recipe.output_dir) / "metrics.json", results)
-        if pruning and recipe.atp and recipe.atp.export:
-            rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
-        print_table(recipe.output_dir, ("", "value"), flatten(results))
+        _write(recipe, results)
         if arguments.json:
             write_json(arguments.json, results)
+
+
+def _write(recipe: Recipe, results: dict[str, Any]) -> None:
+    """`metrics.json`, the model card anew, and a table."""
+    write_json(Path(recipe.output_dir) / "metrics.json", results)
+    if recipe.atp and recipe.atp.export:
+        rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
+    headline = {key: value for key, value in results.items() if key not in ("command", "data", "samples", "versions")}
+    print_table(recipe.output_dir, ("", "value"), flatten(headline))
 
 
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
@@ -154,36 +158,3 @@ def _first_process_first(training: TrainingArguments) -> Iterator[None]:
     """The first process fills the download cache, the others then read it."""
     with training.main_process_first(desc="data"):
         yield
-
-
-def _base_model(recipe: Recipe) -> PreTrainedModel:
-    base = recipe.model
-    return load_model(base.name_or_path, base.gguf_file, base.dtype, base.bits)
-
-
-def _pruned(recipe: Recipe, masked: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The exported folder as a stranger loads it, and what it costs; without one, the masked model."""
-    folder = Path(recipe.output_dir) / "pruned"
-    if not folder.is_dir():
-        return masked, {}
-    model = to_best_device(load_model(str(folder)))
-    return model, {"pruned": model_cost(model) | {"bytes": folder_bytes(folder)}}
-
-
-def _merged(recipe: Recipe, tuned: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Merge the adapter as an export would: the dense model, and what it costs."""
-    if any(is_sharded(parameter) for parameter in tuned.parameters()):  # the other processes have gone
-        tuned = PeftModel.from_pretrained(_base_model(recipe), str(Path(recipe.output_dir) / "final"))
-    model = tuned.merge_and_unload()
-    return model, {"tuned": model_cost(model)}
-
-
-def _quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
-    """Perplexity on held-out text and scores on tasks, as far as the recipe names them."""
-    found: dict[str, Any] = {}
-    if data.validation is not None:
-        found["validation"] = dataclasses.asdict(perplexity(model, data.validation))
-    if data.tasks:
-        scores = {name: score_task(name, rows, model, tokenizer) for name, rows in data.tasks.items()}
-        found["tasks"] = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    return found

@@ -3,6 +3,7 @@
 from atp.evaluation.flops import flops_per_token
 from atp.evaluation.memory import peak_memory_mib, reset_peak_memory
 from atp.evaluation.perplexity import Perplexity, perplexity
+from atp.evaluation.samples import continuation
 from atp.evaluation.speed import (
     Speed,
     count_parameters,
@@ -18,6 +19,7 @@ __all__ = [
     "Speed",
     "TaskScore",
     "check_tasks_available",
+    "continuation",
     "count_parameters",
     "evenly_spread",
     "flops_per_token",

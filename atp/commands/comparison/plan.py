@@ -73,14 +73,15 @@ def make_run(recipe: Recipe, strategy: str, sparsity: float | None, seed: int, r
         recipe,
         atp=config,
         training=recipe.training | {"seed": seed},
+        measure_base=False,  # `dense` and the others start from the same
         output_dir=str(runs_dir / run_name(strategy, sparsity, seed)),
     )
     return Run(strategy, sparsity, seed, own)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """What makes two runs the same run: all settings but the place of the output."""
-    return {key: value for key, value in recipe.to_dict().items() if key != "output_dir"}
+    """What makes two runs the same run: all settings but the place of the output, and what is measured beside it."""
+    return {key: value for key, value in recipe.to_dict().items() if key not in ("output_dir", "measure_base")}
 
 
 def differences(row: Mapping[str, Any], run: Run) -> list[str]:
