@@ -44,7 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 from atp import ATPCallback, ATPConfig
 from atp.commands.models import computes_in_bf16
 from atp.data import collator, make_windows, read_rows
-from atp.evaluation import count_parameters, folder_bytes, generation_speed, perplexity
+from atp.evaluation import continuation, count_parameters, folder_bytes, generation_speed, perplexity
 
 # peft 0.21 asks transformers 5.23 by an old name; nothing a reader of this output can do about it.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -203,16 +203,8 @@ def measure(folder: Path, work: Path) -> dict[str, Any]:
         "bytes": folder_bytes(folder),
         "perplexity": perplexity(model, windows.select(range(min(HELD_OUT_WINDOWS, len(windows))))).perplexity,
         "tokens_per_second": generation_speed(model).tokens_per_second,
-        "texts": {row.prompt: generate(model, tokenizer, row.prompt) for row in rows[:3]},
+        "texts": {row.prompt: continuation(model, tokenizer, row.prompt, NEW_TOKENS) for row in rows[:3]},
     }
-
-
-def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
-    """The greedy continuation of `prompt`, on one line."""
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
-    text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return " ".join(text.split())
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
@@ -232,7 +224,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
         console.print(f"\n{name}:", style="bold")
         for prompt, text in found["texts"].items():
             term = prompt.split("\n")[0].removeprefix("Clinical term: ")
-            console.print(f"  {term}: {text}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {term}: {' '.join(text.split())}", markup=False, highlight=False, soft_wrap=True)
 
 
 def say(line: str) -> None:
