@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test check clean
@@ -12,8 +13,8 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --ignore=tests/ops/kernels
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/ops/kernels
+	OMP_NUM_THREADS=1 $(PYTEST) --ignore=tests/ops/kernels
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/ops/kernels
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
