@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 from torch.utils.hooks import RemovableHandle
 
+from atp.data import IGNORED
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
 from atp.training.compensation import Compensation
 
 CHUNK = 256
 """Tokens whose distributions are held at a time."""
-
-IGNORED = -100
 
 
 class Distillation:

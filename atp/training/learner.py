@@ -7,6 +7,7 @@ of its own under soft masks. With `decision="criterion"` nothing is learned: all
 formula decides.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -182,6 +183,14 @@ class DecisionLearner:
         """Put the noise-free decision in place, for evaluation."""
         if not self.frozen:
             self.attachment.set_masks(self.decision())
+
+    @torch.no_grad()
+    def entropy(self) -> float | None:
+        """Mean entropy of the groups' keep probabilities sigmoid(z / tau), in bits; None where none are learned now."""
+        if self.frozen or not self._started or not self.schedule.learns(self.step):
+            return None
+        soft = torch.cat(list(soften(self.generator(), self._temperature).values())).double()
+        return (torch.special.entr(soft) + torch.special.entr(1.0 - soft)).mean().item() / math.log(2.0)
 
     def overlap(self) -> dict[str, float] | None:
         """Share of the groups that `init` pruned when it was first asked which the decision prunes too, per kind."""

@@ -41,6 +41,30 @@ def proximal_step(
         scale(parameter, factor[axis.owner.to(factor.device)].unsqueeze(1 - dim).expand(shape_of(parameter)))
 
 
+@torch.no_grad()
+def group_norms(
+    space: Space, modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """Mean norm of a group's LoRA weights in one layer, by kind, of `kept` and of `pruned` groups, where there are any.
+
+    Args:
+        modules, masks: as `proximal_step` takes them; parameters must be whole.
+    """
+    kind_of = {s.name: s.kind for s in space.sets}
+    norms: dict[tuple[str, str], list[Tensor]] = {}
+    for parameter, dim, axis in _owned(space, modules):
+        found = _squares(parameter, dim, axis, len(masks[axis.set])).sqrt()
+        kept = masks[axis.set].to(found.device) > 0
+        for which, of in (("kept", kept), ("pruned", ~kept)):
+            norms.setdefault((kind_of[axis.set], which), []).append(torch.stack([(found * of).sum(), of.sum()]))
+    means: dict[str, dict[str, float]] = {}
+    for (kind, which), parts in norms.items():
+        total, groups = torch.stack(parts).sum(0).tolist()
+        if groups:
+            means.setdefault(kind, {})[which] = total / groups
+    return means
+
+
 def _owned(space: Space, modules: Mapping[str, nn.Module]) -> Iterator[tuple[Tensor, int, Axis]]:
     """LoRA parameters, the dimension along which their features belong to groups, and to which."""
     for linear in space.linears:

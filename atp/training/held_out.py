@@ -1,0 +1,80 @@
+"""The same few held-out rows, seen by the dense model and by the pruned one, while a run goes on.
+
+Dense is the model with nothing pruned: its base weights as they were at first, with its adapters as they are. Masks,
+gradients, modes and random streams are afterwards as they were.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atp.data import IGNORED
+from atp.layers import Attachment
+from atp.training.compensation import Compensation
+
+
+class HeldOut:
+    """Measures one model on rows that never change.
+
+    Args:
+        model: what the Trainer calls, attached.
+        rows: prepared like the training set.
+        collate: makes the model's keyword arguments from a list of rows.
+        batch_size: rows a forward pass.
+        paused: within it, passes teach nobody anything.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        attachment: Attachment,
+        compensation: Compensation,
+        rows: Sequence[Any],
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        batch_size: int,
+        paused: Callable[[], Any] = nullcontext,
+    ) -> None:
+        self._model, self._attachment, self._compensation = model, attachment, compensation
+        self._rows, self._collate, self._batch_size, self._paused = list(rows), collate, batch_size, paused
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return len(self._rows)
+
+    def dense(self) -> float:
+        """Log-perplexity with nothing pruned, nats a token."""
+        with self._attachment.lifted(), self._compensation.undone():
+            return self.pruned()
+
+    @torch.no_grad()
+    def pruned(self) -> float:
+        """Log-perplexity under the masks as they are, nats a token."""
+        total, tokens = 0.0, 0
+        with self._untouched():
+            for batch in self._batches():
+                learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+                if learned:
+                    total += self._model(**batch).loss.double().item() * learned
+                    tokens += learned
+        return total / tokens if tokens else float("nan")
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        device = next(self._model.parameters()).device
+        for first in range(0, len(self._rows), self._batch_size):
+            batch = self._collate(self._rows[first : first + self._batch_size])
+            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        training = {module: module.training for module in self._model.modules()}
+        self._model.eval()
+        try:
+            with torch.random.fork_rng(), self._paused():
+                yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
