@@ -23,7 +23,8 @@ class Record:
     """What is known of one run.
 
     `metrics`: as `atp train` writes them, or one row of a comparison or of `atp eval`. `notes`: sentences about what is
-    missing or damaged. `when`: seconds since the epoch at which it last wrote. `comparison`: the rows that it is one of.
+    missing or damaged. `when`: seconds since the epoch at which it last wrote. `comparison`: the file of rows that it
+    is one of.
     """
 
     name: str

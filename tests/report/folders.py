@@ -1,4 +1,4 @@
-"""Folders of runs as `atp train` leaves them, made by hand: a model that is pruned while it learns, with all that is told."""
+"""Folders of runs as `atp train` leaves them, made by hand: a model that is pruned while it learns."""
 
 import json
 import math
@@ -112,7 +112,7 @@ def task(value, rows=500, metric="acc", spread=0.022, items=None, fingerprint=FI
     return made | {"kind": "choice", "truncated": 0, "fingerprint": fingerprint, "items": items or {}}
 
 
-def metrics(scale=0.6, perplexity=24.1, accuracy=0.552, fingerprint=FINGERPRINT):
+def metrics(scale=0.6, perplexity=24.1, accuracy=0.552, fingerprint=FINGERPRINT, items=None):
     """What a finished run measured."""
     prompt = "Question: Do statins lower the risk of a first stroke in adults older than 75?\nAnswer:"
     return {
@@ -126,8 +126,8 @@ def metrics(scale=0.6, perplexity=24.1, accuracy=0.552, fingerprint=FINGERPRINT)
         },
         "training": {"train_runtime": 753.7, "train_loss": 2.83, "peak_memory_mib": 2578.9},
         "pruning": {
-            "sparsity_asked": 0.4,
-            "sparsity": 0.3998,
+            "sparsity_asked": round(1 - scale, 4),
+            "sparsity": round(1 - scale, 4),
             "kept_share": {"kv": 0.7, "mlp": 0.57},
             "frozen_at_step": 240,
         },
@@ -135,7 +135,10 @@ def metrics(scale=0.6, perplexity=24.1, accuracy=0.552, fingerprint=FINGERPRINT)
         | {"validation": quality(27.4), "tasks": {"pubmedqa": task(0.531), "hqs": task(0.214, 200, "rougeL", 0.011)}},
         "pruned": cost(scale),
         "validation": quality(perplexity),
-        "tasks": {"pubmedqa": task(accuracy), "hqs": task(0.246, 200, "rougeL", 0.012)},
+        "tasks": {
+            "pubmedqa": task(accuracy, items=items, fingerprint=fingerprint),
+            "hqs": task(0.246, 200, "rougeL", 0.012),
+        },
         "samples": [
             {
                 "prompt": prompt,
@@ -144,7 +147,7 @@ def metrics(scale=0.6, perplexity=24.1, accuracy=0.552, fingerprint=FINGERPRINT)
                 "result": "yes. Statin use was associated with a lower risk of a first stroke.",
             },
             {
-                "prompt": "Summarise: My doctor put me on metformin last week and since then I feel dizzy in the morning.",
+                "prompt": "Summarise: My doctor put me on metformin last week and I feel dizzy since.",
                 "reference": "Can metformin cause dizziness?",
                 "base": "I am sorry to hear that you feel dizzy.",
                 "result": "Does metformin cause dizziness in the morning?",

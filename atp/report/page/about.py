@@ -6,7 +6,7 @@ from typing import Any
 
 from atp.report.journal import Journal
 from atp.report.page.parts import Sample, Section, Table, plain_table
-from atp.report.page.texts import short
+from atp.report.page.texts import NOTHING, short
 from atp.report.record import Record
 from atp.report.values import at, finite, mapping_at, text_at
 
@@ -76,7 +76,7 @@ def data_table(record: Record) -> Table | None:
     )
     rows = []
     for split in dict.fromkeys([*(s for s, files in names.items() if files), *fingerprints, *counts]):
-        files = names.get(split) or ""
+        files = names.get(split) or NOTHING
         rows.append(
             [
                 split,
@@ -85,14 +85,14 @@ def data_table(record: Record) -> Table | None:
                 str(fingerprints.get(split) or "not recorded")[:16],
             ]
         )
-    return plain_table("Data", ("split", "files", "rows", "fingerprint"), rows) if rows else None
+    return plain_table("Data", ("split", "files", "rows", "fingerprint"), rows, prose=True, wide=True) if rows else None
 
 
 def versions_table(record: Record) -> Table | None:
     """Packages."""
     versions = mapping_at(record.metrics, "versions")
     rows = [[str(name), _text(version)] for name, version in versions.items()]
-    return plain_table("Versions", ("package", "version"), rows[:40]) if rows else None
+    return plain_table("Versions", ("package", "version"), rows[:40], prose=True) if rows else None
 
 
 def _text(value: Any) -> str:

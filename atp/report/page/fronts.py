@@ -16,8 +16,8 @@ _TASKS = 4
 
 _COSTS: tuple[tuple[str, str, Callable[[Variant], float | None]], ...] = (
     ("parameters", "~s", lambda variant: variant.parameters),
-    ("prompt latency, ms", "~g", lambda variant: variant.cost("prefill", "latency_ms")),
-    ("decode latency, ms per token", "~g", lambda variant: variant.cost("decode", "latency_ms_per_token")),
+    ("prompt latency, ms", ",~r", lambda variant: variant.cost("prefill", "latency_ms")),
+    ("decode latency, ms per token", ",~r", lambda variant: variant.cost("decode", "latency_ms_per_token")),
 )
 
 
@@ -43,7 +43,7 @@ def front_charts(variants: Sequence[Variant], baseline: Variant) -> list[Chart]:
     for quality, of in qualities:
         for cost, form, cost_of in _COSTS:
             points = [p for variant in variants if (p := _point(variant, cost_of(variant), *of(variant)))]
-            if len(points) > 1 and len({p.cost for p in points}) > 1:
+            if len({p.cost for p in points}) > 1 and len({p.quality for p in points}) > 1:
                 charts.append(_chart(points, quality, cost, form, baseline.name))
     return charts
 
@@ -96,8 +96,8 @@ def _drawn(alt: Any, points: list[Point], front: list[Point], quality: str, cost
     y = alt.Y(
         "quality:Q",
         title=f"{quality} (log scale)" if log else quality,
-        scale=alt.Scale(zero=False, nice=True, padding=12, type="log" if log else "linear"),
-        axis=alt.Axis(tickCount=5, format="~g" if log else "~r"),
+        scale=alt.Scale(zero=False, nice=not log, padding=12, type="log" if log else "linear"),
+        axis=alt.Axis(tickCount=5, format=",~r"),
     )
     x = alt.X(
         "cost:Q",
@@ -106,7 +106,9 @@ def _drawn(alt: Any, points: list[Point], front: list[Point], quality: str, cost
         axis=alt.Axis(tickCount=4, format=form, grid=False),
     )
     colours = alt.Scale(domain=strategies, range=[SERIES[i % len(SERIES)] for i in range(len(strategies))])
-    shapes = alt.Scale(domain=strategies, range=[SHAPES[i % len(SHAPES)] for i in range(len(strategies))])
+    shapes = alt.Scale(
+        domain=strategies, range=[SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(strategies))]
+    )
     legend = alt.Legend(title=None, orient="bottom", columns=1) if len(strategies) > 1 else None
     base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y)
     line = (

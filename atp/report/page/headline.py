@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from atp.report.page.parts import Table, Value
+from atp.report.page.parts import Table, Tile, Value
 from atp.report.page.tasks import Score, scores
 from atp.report.page.texts import NOTHING, compared, lower_is_better, megabytes, moved, short
 from atp.report.record import Record
@@ -21,6 +21,10 @@ _COSTS: tuple[tuple[str, tuple[str, ...], Callable[[float | None], str]], ...] =
     ("decode, ms per token", ("decode", "latency_ms_per_token"), short),
     ("peak memory, MiB", ("peak_memory_mib",), short),
 )
+
+
+_TOLD = ("parameters", "prompt, ms", "decode, ms per token", "perplexity, held out")
+"""Rows that come first, in large."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,19 @@ def headline(record: Record) -> Table | None:
     return Table("Headline", ("", *(model.name for model in models)), tuple(known), _note(models))
 
 
+def tiles(table: Table | None) -> tuple[Tile, ...]:
+    """The rows of the headline that say most, as far as the last column is compared with the base."""
+    rows = [row for row in table.rows if row[-1].change] if table else []
+    by_title = {row[0].text: row for row in rows}
+    chosen = [title for title in _TOLD if title in by_title]
+    chosen += [row[0].text for row in rows if row[-1].detail.startswith("[")][:2]
+    return tuple(
+        Tile(title, Value(row[-1].change, verdict=row[-1].verdict), f"{row[1].text} \u2192 {row[-1].text}")
+        for title in chosen
+        if (row := by_title[title])
+    )
+
+
 def _known_of_base(record: Record) -> dict[str, Any]:
     parameters = finite(record.journal.run.get("parameters"))
     return {} if parameters is None else {"parameters": parameters}
@@ -115,10 +132,11 @@ def _quality_rows(models: list[Model], record: Record) -> list[tuple[Value, ...]
                     Value(NOTHING)
                     if score is None
                     else moved(
-                        score.text,
+                        short(score.value, 3),
                         score.value,
                         None if m is base or not start else start.value,
                         lower_is_better(metric),
+                        score.interval,
                     )
                     for m, score in zip(models, known, strict=True)
                 ),
@@ -136,7 +154,7 @@ def _while_training(model: Model, base: Model) -> Value:
     if value is None:
         return Value(NOTHING)
     start = None if model is base else perplexity_of(base.held_out)
-    return compared(f"{short(value)} at step {model.step:,}", value, start, True)
+    return compared(short(value), value, start, True, f"step {model.step:,}")
 
 
 def perplexity_of(nll: float | None) -> float | None:

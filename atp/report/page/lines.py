@@ -20,7 +20,7 @@ class Lines:
     title: str
     y: str
     series: Mapping[str, Series]
-    format: str = "~g"
+    format: str = ",~r"
     freeze: int | None = None
     zero: bool = False
     note: str = ""

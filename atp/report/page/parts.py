@@ -9,27 +9,42 @@ Verdict = Literal["", "better", "worse"]
 
 @dataclass(frozen=True)
 class Value:
-    """One cell: what it says, what that is compared with something else, and whether that is better or worse."""
+    """One cell: what it says, how far that is from something else, whether for the better, and a line in small."""
 
     text: str
     change: str = ""
     verdict: Verdict = ""
+    detail: str = ""
 
     @property
     def plain(self) -> str:
         """Without any form."""
-        return f"{self.text} ({self.change})" if self.change else self.text
+        text = f"{self.text} {self.detail}" if self.detail else self.text
+        return f"{text} ({self.change})" if self.change else text
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under column titles; the first cell of a row is its title. `wide`: a card a row on a narrow screen."""
+    """Rows under column titles; the first cell of a row is its title.
+
+    `wide`: a card a row on a narrow screen. `prose`: cells are texts, which may wrap, and not figures.
+    """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Value, ...], ...]
     note: str = ""
     wide: bool = False
+    prose: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure that matters, in large: what changed, by how much, from what to what."""
+
+    title: str
+    value: Value
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ class Section:
     items: tuple[str, ...] = ()
     samples: tuple[Sample, ...] = ()
     code: str = ""
+    tiles: tuple[Tile, ...] = ()
     folded: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -86,6 +102,9 @@ class Page:
     warnings: tuple[str, ...] = ()
 
 
-def plain_table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Table:
-    """A table of texts."""
-    return Table(caption, tuple(columns), tuple(tuple(Value(text) for text in row) for row in rows), note)
+def plain_table(
+    caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = False, wide: bool = False
+) -> Table:
+    """A table of texts, or of figures that are compared with nothing."""
+    values = tuple(tuple(Value(text) for text in row) for row in rows)
+    return Table(caption, tuple(columns), values, prose=prose, wide=wide)

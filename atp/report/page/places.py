@@ -11,7 +11,7 @@ from atp.report.values import finite, mapping_at
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 _MEASURES = (
     ("parameters", "Parameters by part", "parameters", "~s"),
-    ("ms", "Time of one prompt by part", "milliseconds", "~g"),
+    ("ms", "Time of one prompt by part", "milliseconds", ",~r"),
 )
 
 
@@ -26,32 +26,35 @@ def places_section(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Section:
 
 
 def _chart(models: Sequence[tuple[str, Mapping[str, Any]]], key: str, title: str, unit: str, form: str) -> Chart | None:
-    values = [
-        {"model": name, "part": part, "order": PARTS.index(part), "value": value}
+    known = {
+        (name, part): value
         for name, cost in models
         for part in PARTS
         if (value := finite(mapping_at(cost, "parts", part).get(key))) is not None
-    ]
-    if not any(each["value"] for each in values):
+    }
+    if not any(known.values()):
         return None
-    names = list(dict.fromkeys(each["model"] for each in values))
-    parts = [part for part in PARTS if any(each["part"] == part and each["value"] for each in values)]
-    totals = {name: sum(each["value"] for each in values if each["model"] == name) for name in names}
-    known = {(each["model"], each["part"]): each["value"] for each in values}
-    for each in values:
-        each["tip"] = (
-            f"{each['model']}, {each['part']}: {short(each['value'])} {unit} of {short(totals[each['model']])}"
-        )
+    names = list(dict.fromkeys(name for name, _ in known))
+    parts = [part for part in PARTS if any(known.get((name, part)) for name in names)]
+    totals = {name: sum(known.get((name, part), 0.0) for part in parts) for name in names}
+    values = [
+        {
+            "model": name,
+            "part": part,
+            "order": PARTS.index(part),
+            "value": value,
+            "tip": f"{name}, {part}: {short(value)} {unit} of {short(totals[name])}",
+        }
+        for (name, part), value in known.items()
+        if part in parts
+    ]
     rows = [[part, *(short(known.get((name, part))) for name in names)] for part in parts]
     rows.append(["all", *(short(total) for total in totals.values())])
+    words = [f"{name}: {', '.join(f'{part} {short(known.get((name, part)))}' for part in parts)}" for name in names]
     return Chart(
         title,
-        f"Stacked bars of {unit} by part of the model. "
-        + "; ".join(
-            f"{name}: {', '.join(f'{part} {short(known.get((name, part)))}' for part in parts)}" for name in names
-        )
-        + ".",
-        lambda alt: _drawn(alt, names, parts, [v for v in values if v["part"] in parts], unit, form),
+        f"Stacked bars of {unit} by part of the model. {'; '.join(words)}.",
+        lambda alt: _drawn(alt, names, parts, values, unit, form),
         plain_table(title, (unit, *names), rows),
         height=len(names) * 44 + 110,
     )

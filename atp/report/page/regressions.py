@@ -5,7 +5,7 @@ without items, where the two scores' intervals do not overlap. A perplexity is w
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -18,6 +18,7 @@ from atp.report.values import at, finite, mapping_at
 
 PERPLEXITY_TOLERANCE = 0.03
 _DRAWS = 2_000
+_FILES = ("train", "validation", "train_split", "validation_split", "tasks")
 
 
 def regressions(variants: Sequence[Variant], baseline: Variant) -> list[str]:
@@ -97,43 +98,53 @@ def fingerprints(record: Record) -> dict[str, str]:
     return found
 
 
+def same_data(records: Sequence[Record]) -> bool | None:
+    """Whether all were measured on the same data; `None` where it is not recorded of some."""
+    names = _measured_on(records)
+    prints = [fingerprints(record) for record in records]
+    if any(len({each[name] for each in prints if name in each}) > 1 for name in names):
+        return False
+    return None if _unknown(records) else True
+
+
 def data_warnings(records: Sequence[Record]) -> list[str]:
     """Whether all runs saw the same data, where that is in doubt. A task that one run lacks is no doubt."""
     prints = [fingerprints(record) for record in records]
     warnings = []
-    for name in dict.fromkeys(name for each in prints for name in each):
-        found = {each[name] for each in prints if name in each}
-        if len(found) > 1:
-            by_print = [
-                ", ".join(r.name for r, p in zip(records, prints, strict=True) if p.get(name) == f)
-                for f in sorted(found)
-            ]
+    for name in ["train", *_measured_on(records)]:
+        by_print: dict[str, list[str]] = {}
+        for record, each in zip(records, prints, strict=True):
+            if name in each:
+                by_print.setdefault(each[name], []).append(record.name)
+        if len(by_print) > 1:
             verb = "trained" if name == "train" else "measured"
-            warnings.append(
-                f"These runs were {verb} on different data: {name} is not the same ({_few(' | '.join(by_print))})."
-            )
-    unknown = [
-        r.name for r, p in zip(records, prints, strict=True) if "validation" not in p and r.perplexity is not None
-    ]
-    unknown += [
-        record.name
-        for record, each in zip(records, prints, strict=True)
-        if record.name not in unknown and any(f"tasks/{t}" not in each for t in mapping_at(record.metrics, "tasks"))
-    ]
-    if unknown:
-        named = {repr(_named(record)) for record in records}
-        hint = (
-            "their recipes name the same files" if len(named) == 1 and None not in map(_named, records) else "unknown"
-        )
+            who = _few(" | ".join(", ".join(names) for names in by_print.values()))
+            warnings.append(f"These runs were {verb} on different data: {name} is not the same ({who}).")
+    if unknown := _unknown(records):
+        files = {repr([mapping_at(record.recipe, "data").get(key) or None for key in _FILES]) for record in records}
+        named = all(mapping_at(record.recipe, "data") for record in records) and len(files) == 1
+        whom = "these runs" if len(unknown) == len(records) else f"{_few(', '.join(unknown))}"
         warnings.append(
-            f"Whether all runs were measured on the same data is not recorded for {len(unknown)} of {len(records)} "
-            f"runs ({_few(', '.join(unknown))}): {hint}."
+            f"Whether the data were the same is unknown: {whom} recorded no fingerprints of what they were measured on"
+            + (", but all recipes name the same files." if named else ".")
         )
     return warnings
 
 
-def _named(record: Record) -> Mapping[str, Any] | None:
-    return mapping_at(record.recipe, "data") or None
+def _measured_on(records: Sequence[Record]) -> list[str]:
+    """Names of the data sets that scores and perplexities were measured on, as fingerprints name them."""
+    names = dict.fromkeys(name for record in records for name in fingerprints(record) if name != "train")
+    return list(names)
+
+
+def _unknown(records: Sequence[Record]) -> list[str]:
+    """Names of the runs that measured something on data that they left no fingerprint of."""
+    return [record.name for record in records if any(name not in fingerprints(record) for name in _needed(record))]
+
+
+def _needed(record: Record) -> list[str]:
+    needed = [f"tasks/{task}" for task in mapping_at(record.metrics, "tasks")]
+    return needed if record.perplexity is None else ["validation", *needed]
 
 
 def _few(text: str) -> str:

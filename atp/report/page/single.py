@@ -1,7 +1,7 @@
 """The sections of one run's page, from the question most asked to the one least asked."""
 
 from atp.report.page.about import about_section, alerts_section, samples_section
-from atp.report.page.headline import headline, models_of
+from atp.report.page.headline import headline, models_of, tiles
 from atp.report.page.parts import Page, Section
 from atp.report.page.places import places_section
 from atp.report.page.tasks import tasks_section
@@ -16,7 +16,7 @@ def run_page(record: Record) -> Page:
     """What one run shows."""
     models, table = models_of(record), headline(record)
     sections = (
-        Section("headline", "Headline", tables=(table,) if table else ()),
+        Section("headline", "Headline", tables=(table,) if table else (), tiles=tiles(table)),
         alerts_section(record.journal),
         tasks_section([(model.name, dict(model.scores)) for model in models if model.scores]),
         widths_section(record.journal),
@@ -35,8 +35,8 @@ def _summary(record: Record) -> str:
     parts = [part for part in (model, record.strategy) if part]
     reached = number_at(record.metrics, "pruning", "sparsity")
     if record.sparsity:
-        asked = f"{share(record.sparsity)} of the prunable parameters asked to go"
-        parts.append(asked if reached is None else f"{asked}, {share(reached)} gone")
+        asked = f"asked to remove {share(record.sparsity)} of the prunable parameters"
+        parts.append(asked if reached is None else f"{asked}, removed {share(reached)}")
     if not record.finished:
         total, last = record.journal.run.get("total_steps"), record.journal.last_step
         parts.append(

@@ -24,12 +24,14 @@ class Score:
     rows: float | None
 
     @property
+    def interval(self) -> str:
+        """`[0.508, 0.596]`."""
+        return "" if self.low is None or self.high is None else f"[{short(self.low, 3)}, {short(self.high, 3)}]"
+
+    @property
     def text(self) -> str:
         """`0.552 [0.508, 0.596]`."""
-        value = short(self.value, 3)
-        return (
-            value if self.low is None or self.high is None else f"{value} [{short(self.low, 3)}, {short(self.high, 3)}]"
-        )
+        return f"{short(self.value, 3)} {self.interval}".rstrip()
 
 
 def scores(measured: Any) -> dict[str, Score]:
@@ -100,7 +102,7 @@ def _chart(metric: str, models: Sequence[tuple[str, dict[str, Score]]]) -> Chart
 
 def _drawn(alt: Any, metric: str, tasks: list[str], names: list[str], values: list[dict[str, Any]]) -> Any:
     scale = alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
-    shapes = alt.Scale(domain=names, range=[SHAPES[i % len(SHAPES)] for i in range(len(names))])
+    shapes = alt.Scale(domain=names, range=[SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))])
     legend = alt.Legend(title=None, orient="bottom", columns=2 if max(map(len, names)) < 20 else 1)
     base = alt.Chart(alt.Data(values=values)).encode(
         y=alt.Y("task:N", title=None, sort=tasks, scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),

@@ -37,25 +37,25 @@ def share(value: float | None) -> str:
     return short(value) if value is None or not math.isfinite(value) else f"{value * 100:.1f} %"
 
 
-def compared(text: str, value: float | None, base: float | None, lower: bool | None = None) -> Value:
+def compared(text: str, value: float | None, base: float | None, lower: bool | None = None, detail: str = "") -> Value:
     """A value with its distance from the base in percent; better or worse, where `lower` says what is better."""
     if value is None or not base or not math.isfinite(value) or not math.isfinite(base):
-        return Value(text)
+        return Value(text, detail=detail)
     change = value / base - 1
     if abs(change) < 5e-5:
-        return Value(text, "same")
+        return Value(text, "same", detail=detail)
     percent = f"{change * 100:+.1f} %" if abs(change) < 10 else f"{value / base:.0f}x"
-    return Value(text, percent, verdict(change, lower))
+    return Value(text, percent, verdict(change, lower), detail)
 
 
-def moved(text: str, value: float | None, base: float | None, lower: bool | None) -> Value:
+def moved(text: str, value: float | None, base: float | None, lower: bool | None, detail: str = "") -> Value:
     """As `compared`, with the difference itself: for scores, of which percents would be shares of shares."""
     if value is None or base is None or not math.isfinite(value) or not math.isfinite(base):
-        return Value(text)
+        return Value(text, detail=detail)
     change = value - base
     if abs(change) < 5e-4:
-        return Value(text, "same")
-    return Value(text, f"{change:+.3f}", verdict(change, lower))
+        return Value(text, "same", detail=detail)
+    return Value(text, f"{change:+.3f}", verdict(change, lower), detail)
 
 
 def verdict(change: float, lower: bool | None) -> Verdict:

@@ -1,10 +1,10 @@
-"""How training went: losses, budget, churn, entropy, LoRA norms, and quality on held-out rows."""
+"""How training went: losses, budget, what is kept, churn, entropy, LoRA norms, and quality on held-out rows."""
 
 import re
 
 from atp.report.journal import Journal, Series
 from atp.report.page.lines import Lines, line_chart
-from atp.report.page.parts import Section
+from atp.report.page.parts import Chart, Section
 from atp.report.values import finite
 
 KINDS = {
@@ -59,7 +59,6 @@ def _curves(journal: Journal, freeze: int | None) -> list[Lines]:
     log, held_out = journal.series, journal.measured
     lost = journal.not_finite("loss")
     note = f"{len(lost)} training losses are not finite, first at step {lost[0]:,}." if lost else ""
-    kept = {kind_title(name.removeprefix("atp/kept_")): log(name) for name in journal.scalars("atp/kept_")}
     return [
         Lines(
             "Loss",
@@ -83,16 +82,30 @@ def _curves(journal: Journal, freeze: int | None) -> list[Lines]:
             freeze,
             zero=True,
         ),
-        Lines("Kept groups", "share kept", kept, ".0%", freeze),
-        Lines("Churn of the decision", "share of groups changed", {"churn": log("atp/churn")}, "~%", freeze, True),
-        Lines("Entropy of the decision", "entropy", {"entropy": log("atp/entropy")}, "~g", freeze, True),
-        Lines("Budget loss", "loss", {"budget loss": log("atp/budget_loss")}, "~g", freeze, True),
-        Lines("Temperature", "temperature", {"temperature": log("atp/temperature")}, "~g", freeze, True),
-        Lines("LoRA group norms", "mean norm", _norms(journal), "~g", freeze, True),
+        Lines("Entropy of the decision", "entropy", {"entropy": log("atp/entropy")}, ",~r", freeze, True),
+        Lines("Budget loss", "loss", {"budget loss": log("atp/budget_loss")}, ",~r", freeze, True),
+        Lines("Temperature", "temperature", {"temperature": _moving(log("atp/temperature"))}, ",~r", freeze, True),
+        Lines("LoRA group norms", "mean norm", _norms(journal), ",~r", freeze, True),
         Lines("Parameters", "parameters if exported now", {"parameters": log("atp/parameters")}, "~s", freeze),
         Lines("Learning rate", "learning rate", {"learning rate": log("learning_rate")}, "~e", freeze, True),
-        Lines("Gradient norm", "norm", {"gradient norm": log("grad_norm")}, "~g", freeze, True),
+        Lines("Gradient norm", "norm", {"gradient norm": log("grad_norm")}, ",~r", freeze, True),
     ]
+
+
+def decision_charts(journal: Journal) -> list[Chart | None]:
+    """How much is kept of each kind of group, and how much of the decision changes from step to step."""
+    freeze = frozen_at(journal)
+    kept = {kind_title(name.removeprefix("atp/kept_")): journal.series(name) for name in journal.scalars("atp/kept_")}
+    churn = {"churn": journal.series("atp/churn")}
+    return [
+        line_chart(Lines("Kept groups", "share kept", kept, ".0%", freeze)),
+        line_chart(Lines("Churn of the decision", "share of groups changed", churn, "~%", freeze, True)),
+    ]
+
+
+def _moving(series: Series) -> Series:
+    """Nothing where it is the same throughout."""
+    return series if len({value for _, value in series}) > 1 else []
 
 
 def _norms(journal: Journal) -> dict[str, Series]:

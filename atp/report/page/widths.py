@@ -4,14 +4,14 @@ A stretch of steps in which a block does not change is one rectangle, and long h
 over 10,000 logged steps stay small.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from atp.report.journal import Journal
 from atp.report.page.lines import evenly
 from atp.report.page.parts import Chart, Section, plain_table
-from atp.report.page.training import frozen_at, kind_title
+from atp.report.page.training import decision_charts, frozen_at, kind_title
 from atp.report.values import finite, mapping_at
 
 _CELLS = 7_000
@@ -41,12 +41,13 @@ def widths_section(journal: Journal) -> Section:
     end = max((step for each in kinds for step, _ in each.history), default=0)
     maps = [_heat_map(each, columns, frozen_at(journal), end) for each in kinds]
     bars = [_bars(each) for each in kinds if len(each.names) > 1 and max(each.sizes) > 1]
+    kept, churn = decision_charts(journal)
     return Section(
         "widths",
         "What was kept, block by block",
         "The share of its groups that each block keeps: over training, then at the last logged step. "
         "Where nothing is left the colour is orange.",
-        charts=(*maps, *bars),
+        charts=tuple(chart for chart in (*maps, kept, *bars, churn) if chart),
     )
 
 
@@ -129,7 +130,12 @@ def _drawn_map(alt: Any, kind: _Kind, stretches: list[dict[str, Any]], freeze: i
                 "kept:Q",
                 scale=alt.Scale(scheme=_COLOURS, domain=[0, 1]),
                 legend=alt.Legend(
-                    title="share kept", orient="bottom", format=".0%", gradientLength=200, gradientThickness=10
+                    title="share kept",
+                    orient="bottom",
+                    format=".0%",
+                    values=[0, 0.25, 0.5, 0.75, 1],
+                    gradientLength=220,
+                    gradientThickness=10,
                 ),
             ),
             description="tip:N",
@@ -150,18 +156,12 @@ def _drawn_map(alt: Any, kind: _Kind, stretches: list[dict[str, Any]], freeze: i
 
 def _bars(kind: _Kind) -> Chart:
     step, shares = kind.history[-1]
-    rows = [
-        {
-            "b": name,
-            "kept": round(share, 4),
-            "size": 1.0,
-            "tip": f"block {name}: {round(share * size):,} of {size:,} kept",
-        }
-        for name, share, size in zip(kind.names, shares, kind.sizes, strict=True)
-    ]
-    counts = [
-        [r["b"], f"{round(s * n):,}", f"{n:,}", f"{s:.0%}"] for r, s, n in zip(rows, shares, kind.sizes, strict=True)
-    ]
+    rows, counts = [], []
+    for name, share, size in zip(kind.names, shares, kind.sizes, strict=True):
+        kept = round(share * size)
+        tip = f"block {name}: {kept:,} of {size:,} kept"
+        rows.append({"b": name, "kept": round(share, 4), "size": 1.0, "tip": tip})
+        counts.append([name, f"{kept:,}", f"{size:,}", f"{share:.0%}"])
     least = min(range(len(shares)), key=shares.__getitem__)
     return Chart(
         f"{kind_title(kind.kind)} left per block",
@@ -193,12 +193,3 @@ def _some(names: Sequence[str]) -> list[str]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def kept_by_kind(journal: Journal) -> Mapping[str, float]:
-    """The share of groups kept of each kind at the last logged decision."""
-    kinds = [found for kind in mapping_at(journal.run, "sizes") if (found := _kind(journal, kind))]
-    return {
-        each.kind: sum(s * n for s, n in zip(each.history[-1][1], each.sizes, strict=True)) / max(sum(each.sizes), 1)
-        for each in kinds
-    }

@@ -7,6 +7,7 @@ from typing import Any
 
 from atp.files import file_written_beside
 from atp.report.page.parts import Page, Table
+from atp.report.page.regressions import same_data
 from atp.report.page.rendering import render
 from atp.report.page.single import run_page
 from atp.report.page.versus import comparison_page
@@ -17,11 +18,14 @@ REPORT = "report.html"
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written. `regressions`: of a comparison, what is worse than the baseline."""
+    """A page that was written. `regressions`: of a comparison, what is worse than the baseline, and whether all
+    were measured on the same data, `None` where that is not known.
+    """
 
     path: Path
     page: Page
     regressions: tuple[str, ...] = ()
+    same_data: bool | None = None
 
     @property
     def table(self) -> Table | None:
@@ -38,6 +42,7 @@ class Report:
         )
         return {
             "report": str(self.path),
+            "same_data": self.same_data,
             "summary": self.page.summary,
             "warnings": list(self.page.warnings),
             "headline": rows,
@@ -77,7 +82,7 @@ def write_comparison(
     """
     page, regressions = comparison_page(records, baseline, failed)
     _write(page, out)
-    return Report(out, page, regressions)
+    return Report(out, page, regressions, same_data(records))
 
 
 def _write(page: Page, out: Path) -> None:
