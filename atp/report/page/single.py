@@ -1,5 +1,7 @@
 """The sections of one run's page, from the question most asked to the one least asked."""
 
+import math
+
 from atp.report.page.about import about_section, alerts_section, samples_section
 from atp.report.page.headline import headline, models_of, tiles
 from atp.report.page.parts import Page, Section
@@ -26,7 +28,17 @@ def run_page(record: Record) -> Page:
         about_section(record),
     )
     shown = tuple(section for section in sections if not section.is_empty)
-    return Page(record.name, _summary(record), shown, record.notes)
+    return Page(record.name, _summary(record), shown, (*_not_finite(record), *record.notes))
+
+
+def _not_finite(record: Record) -> list[str]:
+    """What a broken model shows first."""
+    found = []
+    if record.perplexity is not None and not math.isfinite(record.perplexity):
+        found.append(f"The model that came out is broken: its perplexity is {short(record.perplexity)}.")
+    if steps := record.journal.not_finite("loss"):
+        found.append(f"The training loss was not finite at {len(steps)} logged step(s), first at step {steps[0]:,}.")
+    return found
 
 
 def _summary(record: Record) -> str:

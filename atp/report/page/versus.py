@@ -57,7 +57,12 @@ def headline(variants: Sequence[Variant], base: Variant) -> Table:
     tasks = dict.fromkeys((s.task, s.metric) for variant in variants for s in variant.scores.values())
     columns = (
         *("run", "sparsity", "parameters", "bytes", "prompt, ms", "decode, ms per token"),
-        *("peak memory of training, MiB", "perplexity", *(f"{task}, {metric}" for task, metric in tasks)),
+        *(
+            "peak memory, MiB",
+            "peak memory of training, MiB",
+            "perplexity",
+            *(f"{task}, {metric}" for task, metric in tasks),
+        ),
     )
     rows = [
         (
@@ -88,6 +93,7 @@ def _costs(variant: Variant, base: Variant) -> list[Value]:
         value(lambda each: each.cost("bytes"), megabytes),
         value(lambda each: each.cost("prefill", "latency_ms")),
         value(lambda each: each.cost("decode", "latency_ms_per_token")),
+        value(lambda each: each.cost("peak_memory_mib")),
         value(lambda each: finite(number_at(each.first.metrics, "training", "peak_memory_mib"))),
     ]
 

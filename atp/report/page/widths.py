@@ -17,8 +17,8 @@ from atp.report.values import finite, mapping_at
 _CELLS = 7_000
 """Rectangles of all heat maps together, at most."""
 _COLUMNS = 60
-_ROW = 9
-_TALLEST = 330
+_ROW, _LOWEST, _TALLEST, _AROUND = 11, 36, 330, 132
+"""Pixels of a block, of all blocks, and of the axis and the legend around them."""
 _COLOURS = "viridis"
 _LABELLED = 12
 
@@ -85,7 +85,7 @@ def _heat_map(kind: _Kind, columns: int, freeze: int | None, end: int) -> Chart:
         f"{_mean(first[1]):.0%} at step {first[0]}, {_mean(last[1]):.0%} at step {last[0]}, where the least of a block "
         f"is {min(last[1]):.0%} and the most {max(last[1]):.0%}.",
         lambda alt: _drawn_map(alt, kind, stretches, freeze),
-        height=min(max(len(kind.names) * _ROW, 24), _TALLEST) + 96,
+        height=min(max(len(kind.names) * _ROW, _LOWEST), _TALLEST) + _AROUND,
     )
 
 
