@@ -80,7 +80,7 @@ def _heat_map(kind: _Kind, columns: int, freeze: int | None, end: int) -> Chart:
     stretches = _stretches(kind, columns, end)
     first, last = kind.history[0], kind.history[-1]
     return Chart(
-        f"{kind_title(kind.kind)} kept over training",
+        f"{_capital(kind_title(kind.kind))} kept over training",
         f"Heat map of {kind_title(kind.kind)}: block by block, the share kept at each logged step. On average "
         f"{_mean(first[1]):.0%} at step {first[0]}, {_mean(last[1]):.0%} at step {last[0]}, where the least of a block "
         f"is {min(last[1]):.0%} and the most {max(last[1]):.0%}.",
@@ -124,7 +124,7 @@ def _drawn_map(alt: Any, kind: _Kind, stretches: list[dict[str, Any]], freeze: i
                 title="block",
                 sort=kind.names,
                 scale=alt.Scale(paddingInner=0),
-                axis=alt.Axis(values=labels, ticks=False),
+                axis=alt.Axis(values=labels, ticks=False, labelPadding=4),
             ),
             color=alt.Color(
                 "kept:Q",
@@ -147,10 +147,10 @@ def _drawn_map(alt: Any, kind: _Kind, stretches: list[dict[str, Any]], freeze: i
         empty = alt.Chart(alt.Data(values=none_left)).mark_rect(fill="var(--empty)", strokeWidth=0)
         layers.append(empty.encode(x="from:Q", x2="to:Q", y=alt.Y("b:O", sort=kind.names), description="tip:N"))
     if freeze is not None and stretches[0]["from"] < freeze < max(each["to"] for each in stretches):
-        rule = alt.Chart(alt.Data(values=[{"from": freeze}])).mark_rule(
-            strokeDash=[4, 3], aria=False, color="white", strokeWidth=1.5
-        )
-        layers.append(rule.encode(x="from:Q"))
+        # white on black, which stands out from every colour of the map
+        rule = alt.Chart(alt.Data(values=[{"from": freeze}])).encode(x="from:Q")
+        layers.append(rule.mark_rule(aria=False, color="black", strokeWidth=2))
+        layers.append(rule.mark_rule(aria=False, color="white", strokeWidth=2, strokeDash=[4, 4]))
     return alt.layer(*layers)
 
 
@@ -164,7 +164,7 @@ def _bars(kind: _Kind) -> Chart:
         counts.append([name, f"{kept:,}", f"{size:,}", f"{share:.0%}"])
     least = min(range(len(shares)), key=shares.__getitem__)
     return Chart(
-        f"{kind_title(kind.kind)} left per block",
+        f"{_capital(kind_title(kind.kind))} left per block",
         f"Bars of the share of {kind_title(kind.kind)} kept in each of {len(rows)} blocks at step {step}: least in "
         f"block {kind.names[least]} with {shares[least]:.0%}, on average {_mean(shares):.0%}.",
         lambda alt: _drawn_bars(alt, kind.names, rows),
@@ -189,6 +189,10 @@ def _some(names: Sequence[str]) -> list[str]:
     """Names far enough apart for an axis."""
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, len(names)) if len(names) / n <= _LABELLED or n == len(names))
     return list(names[::every])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _mean(values: Sequence[float]) -> float:
