@@ -7,6 +7,7 @@ from typing import Any
 from atp.report.journal import Series
 from atp.report.page.drawing import DASHES, SERIES
 from atp.report.page.parts import Chart, plain_table
+from atp.report.page.texts import short
 
 _DRAWN = 240
 """Points of a line at most."""
@@ -33,7 +34,7 @@ def line_chart(lines: Lines) -> Chart | None:
         return None
     names = list(series)
     values = [
-        {"step": step, "value": value, "series": name, "tip": f"{name}, step {step:,}: {value:,.4g}"}
+        {"step": step, "value": value, "series": name, "tip": f"{name}, step {step:,}: {short(value)}"}
         for name, points in series.items()
         for step, value in points
     ]
@@ -76,7 +77,7 @@ def _in_words(name: str, points: Series) -> str:
 def _rows(series: Mapping[str, Series], names: Sequence[str]) -> list[list[str]]:
     known = [dict(series[name]) for name in names]
     steps = evenly(sorted({step for each in known for step in each}), _TABLED)
-    return [[f"{step:,}", *(f"{each[step]:,.4g}" if step in each else "" for each in known)] for step in steps]
+    return [[f"{step:,}", *(short(each[step]) if step in each else "" for each in known)] for step in steps]
 
 
 def _drawn(alt: Any, lines: Lines, names: list[str], values: list[dict[str, Any]]) -> Any:
