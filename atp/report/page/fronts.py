@@ -1,0 +1,142 @@
+"""Quality against size and against latency: a point a run, and the Pareto front, the runs that none beats in both."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from atp.report.page.drawing import SERIES, SHAPES
+from atp.report.page.parts import Chart, plain_table
+from atp.report.page.texts import lower_is_better, short
+from atp.report.page.variants import Variant
+from atp.report.values import finite
+
+_LOG_FROM = 4.0
+"""Above this ratio of the largest to the smallest perplexity the axis is logarithmic."""
+_TASKS = 4
+
+_COSTS: tuple[tuple[str, str, Callable[[Variant], float | None]], ...] = (
+    ("parameters", "~s", lambda variant: variant.parameters),
+    ("prompt latency, ms", ",~r", lambda variant: variant.cost("prefill", "latency_ms")),
+    ("decode latency, ms per token", ",~r", lambda variant: variant.cost("decode", "latency_ms_per_token")),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run on a chart; a smaller `cost` is better."""
+
+    name: str
+    strategy: str
+    cost: float
+    quality: float
+    spread: float = 0.0
+
+
+def front_charts(variants: Sequence[Variant], baseline: Variant) -> list[Chart]:
+    """Perplexity, then the first tasks, each against parameters and latencies, where two runs have both."""
+    qualities: list[tuple[str, Callable[[Variant], tuple[float | None, float | None]]]] = [
+        ("perplexity", lambda variant: (variant.perplexity, variant.perplexity_std))
+    ]
+    tasks = dict.fromkeys((s.task, s.metric) for variant in variants for s in variant.scores.values())
+    qualities += [(f"{task}, {metric}", _score_of(task, metric)) for task, metric in list(tasks)[:_TASKS]]
+    charts = []
+    for quality, of in qualities:
+        for cost, form, cost_of in _COSTS:
+            points = [p for variant in variants if (p := _point(variant, cost_of(variant), *of(variant)))]
+            if len({p.cost for p in points}) > 1 and len({p.quality for p in points}) > 1:
+                charts.append(_chart(points, quality, cost, form, baseline.name))
+    return charts
+
+
+def pareto(points: Sequence[Point], lower: bool) -> list[Point]:
+    """The points that no other equals or beats in both cost and quality and beats in one, by cost."""
+    sign = 1.0 if lower else -1.0
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.cost, sign * p.quality)):
+        if not front or sign * point.quality < sign * front[-1].quality:
+            front.append(point)
+    return front
+
+
+def _score_of(task: str, metric: str) -> Callable[[Variant], tuple[float | None, float | None]]:
+    def score(variant: Variant) -> tuple[float | None, float | None]:
+        found = variant.scores.get(task)
+        return (found.value if found and found.metric == metric else None), None
+
+    return score
+
+
+def _point(variant: Variant, cost: float | None, quality: float | None, spread: float | None) -> Point | None:
+    if finite(cost) is None or finite(quality) is None:
+        return None
+    return Point(variant.name, variant.strategy, float(cost or 0), float(quality or 0), spread or 0.0)
+
+
+def _chart(points: list[Point], quality: str, cost: str, form: str, baseline: str) -> Chart:
+    lower = lower_is_better(quality)
+    front = pareto(points, lower)
+    best = "lower left is better" if lower else "upper left is better"
+    strategies = dict.fromkeys(point.strategy for point in points)
+    rows = [[p.name, short(p.cost), short(p.quality), "yes" if p in front else ""] for p in points]
+    return Chart(
+        f"{quality} against {cost}",
+        f"Scatter plot of {quality} against {cost}; {best}. On the Pareto front: {', '.join(p.name for p in front)}.",
+        lambda alt: _drawn(alt, points, front, quality, cost, form, baseline),
+        plain_table(f"{quality} against {cost}", ("run", cost, quality, "on the front"), rows),
+        f"{best[0].upper()}{best[1:]}. The grey line is the Pareto front; the ring is the baseline.",
+        height=220 + 20 * len(strategies),
+    )
+
+
+def _drawn(alt: Any, points: list[Point], front: list[Point], quality: str, cost: str, form: str, baseline: str) -> Any:
+    strategies = list(dict.fromkeys(point.strategy for point in points))
+    values = [_values(point, quality, cost, baseline) for point in points]
+    numbers = [p.quality for p in points]
+    log = lower_is_better(quality) and min(numbers) > 0 and max(numbers) / min(numbers) > _LOG_FROM
+    y = alt.Y(
+        "quality:Q",
+        title=f"{quality} (log scale)" if log else quality,
+        scale=alt.Scale(zero=False, nice=not log, padding=12, type="log" if log else "linear"),
+        axis=alt.Axis(tickCount=5, format=",~r"),
+    )
+    x = alt.X(
+        "cost:Q",
+        title=cost,
+        scale=alt.Scale(zero=False, nice=True, padding=16),
+        axis=alt.Axis(tickCount=4, format=form, grid=False),
+    )
+    colours = alt.Scale(domain=strategies, range=[SERIES[i % len(SERIES)] for i in range(len(strategies))])
+    shapes = alt.Scale(
+        domain=strategies, range=[SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(strategies))]
+    )
+    legend = alt.Legend(title=None, orient="bottom", columns=1) if len(strategies) > 1 else None
+    base = alt.Chart(alt.Data(values=values)).encode(x=x, y=y)
+    line = (
+        alt.Chart(alt.Data(values=[_values(point, quality, cost, baseline) for point in front]))
+        .mark_line(interpolate="step-after", color="var(--rule)", strokeWidth=1.5, aria=False)
+        .encode(x="cost:Q", y="quality:Q")
+    )
+    bars = (
+        base.transform_filter("datum.low < datum.high")
+        .mark_rule(aria=False, opacity=0.7)
+        .encode(y="low:Q", y2="high:Q")
+    )
+    ring = base.transform_filter("datum.baseline").mark_point(size=260, color="var(--fg)", strokeWidth=1.5, aria=False)
+    dots = base.mark_point(filled=True, size=80, opacity=1).encode(
+        color=alt.Color("strategy:N", scale=colours, legend=legend),
+        shape=alt.Shape("strategy:N", scale=shapes, legend=legend),
+        description="tip:N",
+    )
+    return alt.layer(line, bars, ring, dots)
+
+
+def _values(point: Point, quality: str, cost: str, baseline: str) -> dict[str, Any]:
+    return {
+        "strategy": point.strategy,
+        "cost": point.cost,
+        "quality": point.quality,
+        "low": point.quality - point.spread,
+        "high": point.quality + point.spread,
+        "baseline": point.name == baseline,
+        "tip": f"{point.name}: {quality} {short(point.quality)}, {cost} {short(point.cost)}",
+    }

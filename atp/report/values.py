@@ -1,0 +1,53 @@
+"""Reading nested values that others wrote: what is absent or of another type is `None`, never an exception."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def at(values: Any, *path: str) -> Any:
+    """The value under nested keys, or `None`."""
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def mapping_at(values: Any, *path: str) -> Mapping[str, Any]:
+    """As `at`; empty where there is no mapping."""
+    found = at(values, *path)
+    return found if isinstance(found, Mapping) else {}
+
+
+def number_at(values: Any, *path: str) -> float | None:
+    """As `at`, for a number, which may be infinite or NaN."""
+    return number(at(values, *path))
+
+
+def text_at(values: Any, *path: str) -> str | None:
+    """As `at`, for a text."""
+    found = at(values, *path)
+    return found if isinstance(found, str) else None
+
+
+def number(value: Any) -> float | None:
+    """A number, or `None` for what is none. Yes and no are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) else None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
