@@ -6,9 +6,10 @@ leaves `output_dir/final/` (adapter, decision, generator) and `output_dir/pruned
 unmodified `Trainer` and an unmodified TRL `SFTTrainer`.
 """
 
+import json
 import logging
-import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,27 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.config import ATPConfig
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
+from atp.evaluation import evenly_spread
 from atp.export import About, Result, export
 from atp.export.card import chosen
-from atp.files import written_by_one
+from atp.files import file_written_beside, written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
+from atp.report import write_report
 from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.sharding import held, is_sharded, settle, whole
 from atp.structure.space import Space
+from atp.trackers import Feeder
 from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
+from atp.training.monitor import Monitor
 from atp.training.processes import summed
 from atp.training.run import PruningRun
 from atp.training.state import (
@@ -50,6 +54,8 @@ from atp.training.state import (
 logger = logging.getLogger(__name__)
 
 LOG_PREFIX = "atp/"
+HELD_OUT_ROWS = 32
+"""Rows at most on which the dense and the pruned model are watched."""
 
 
 class ATPCallback(TrainerCallback):
@@ -61,6 +67,10 @@ class ATPCallback(TrainerCallback):
             held out of the training set.
         resume_from_checkpoint: the checkpoint folder, needed only when a path outside `output_dir` is handed to
             `Trainer.train(resume_from_checkpoint=...)`.
+        held_out_dataset: rows prepared like the training set, of which a few show how the dense and the pruned model do
+            while the run goes on: at its beginning, at the freeze, at its end and whenever the Trainer evaluates. The
+            Trainer's evaluation set, once it evaluates, where left out.
+        report: write `metrics.json` and the page `report.html` into the output folder when training ends.
     """
 
     def __init__(
@@ -68,8 +78,13 @@ class ATPCallback(TrainerCallback):
         config: ATPConfig | None = None,
         calibration_dataset: Any = None,
         resume_from_checkpoint: str | Path | None = None,
+        held_out_dataset: Any = None,
+        report: bool = True,
     ) -> None:
         self.config = config or ATPConfig()
+        self._held_out, self._report = held_out_dataset, report
+        self._monitor: Monitor | None = None
+        self._feeder = Feeder(self.add_metrics, self._kept_by_block)
         self._given_calibration = calibration_dataset
         self._resume_from = resume_from_checkpoint
         self._calibration_hashes: set[str] = set()
@@ -104,7 +119,7 @@ class ATPCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Reach trackers, which log before user callbacks do; leave no half-written checkpoint to be resumed from."""
-        self._feed_trackers()
+        self._feeder.join()
         with args.main_process_first(local=False, desc="half-written checkpoints"):
             if state.is_world_process_zero:
                 set_aside_unfinished(Path(args.output_dir))
@@ -113,13 +128,13 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
-        self._feed_trackers()
+        self._feeder.join()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._run.end()
             detach(model)
-        self._run, attachment = None, attach(model, space)
+        self._run, self._monitor, attachment = None, None, attach(model, space)
         try:
             self._start(args, state, model, loader, attachment)
         except BaseException:
@@ -134,7 +149,12 @@ class ATPCallback(TrainerCallback):
         """This step's masks and teacher."""
         self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]  # DeepSpeed moves both on too early
         self._loss_scale = _loss_scale(kwargs)
+        freezes = not self.learner.frozen and state.global_step >= self.learner.schedule.freeze_step
+        if freezes:
+            self._watching().measure_held_out(dense=True, pruned=False)
         self._running().begin_step(state.global_step, self._loss_scale)
+        if freezes:
+            self._watching().measure_held_out(dense=False, pruned=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,9 +186,15 @@ class ATPCallback(TrainerCallback):
         self._before_evaluation_and_saving(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """What is to be saved after the evaluation, before the Trainer's own part."""
+        """What is to be saved after the evaluation, before the Trainer's own part; then the dense model beside it."""
         if self._saves_after_evaluation:
             self._save_first(args, state, kwargs["model"])
+        if self._run is None:  # an evaluation before training
+            return
+        monitor, learner = self._watching(), self.learner
+        if monitor.held_out is None:
+            self._watch(getattr(kwargs.get("eval_dataloader"), "dataset", None))
+        monitor.measure_held_out(dense=not learner.frozen, pruned=learner.step >= learner.schedule.start_step)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -181,10 +207,15 @@ class ATPCallback(TrainerCallback):
         self._checked_evaluation = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put what happened into the Trainer's own log."""
+        """Put what happened into the Trainer's own log and the journal; act on alerts."""
         self.add_metrics(kwargs["logs"])
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             self.add_metrics(state.log_history[-1])
+        if self._monitor is None or not self._monitor.log(state.global_step, kwargs["logs"]):
+            return
+        if self.config.on_alert == "stop":
+            control.should_training_stop = control.should_save = True
+            logger.warning("atp: training stops at step %d, for on_alert='stop'; it is saved", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the run's state into the checkpoint the Trainer has just written, unless it is there already.
@@ -209,19 +240,45 @@ class ATPCallback(TrainerCallback):
                 learner.schedule.freeze_step,
             )
             learner.freeze()
+        self._watching().end()
         self._write_final(args, state, model)
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
             processing_class = kwargs.get("processing_class")
             about = self._about(state, model)
             export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes, about=about)
+        if self._report and state.is_world_process_zero:
+            self._write_report(Path(args.output_dir), model)
 
     # -- the steps behind them -----------------------------------------------------------------------------------
 
     def add_metrics(self, logs: dict[str, Any]) -> None:
         """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
-        if self._run is not None and "loss" in logs:
-            logs |= {f"{LOG_PREFIX}{name}": value for name, value in self.learner.metrics.items()}
+        if self._monitor is not None and "loss" in logs:
+            logs |= {f"{LOG_PREFIX}{name}": value for name, value in self._monitor.figures().items()}
+
+    def _kept_by_block(self) -> Mapping[str, list[float]] | None:
+        return None if self._monitor is None else self._monitor.kept_by_block()
+
+    def _watch(self, rows: Any) -> None:
+        """Take a few of these rows to watch the dense and the pruned model on."""
+        if rows is not None and hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+            chosen_rows = [rows[index] for index in evenly_spread(len(rows), HELD_OUT_ROWS)]
+            self._watching().held_out = self._running().held_out(chosen_rows)
+
+    def _watching(self) -> Monitor:
+        assert self._monitor is not None
+        return self._monitor
+
+    def _write_report(self, folder: Path, model: nn.Module) -> None:
+        results = {
+            "model": causal_lm(model).name_or_path,
+            "pruning": self.summary(),
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        }
+        with file_written_beside(folder / "metrics.json") as beside:
+            beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_report(folder)
 
     def _before_evaluation_and_saving(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
@@ -249,17 +306,6 @@ class ATPCallback(TrainerCallback):
         if self._run is None:
             raise UnsupportedModelError("ATPCallback has not seen a training run yet: call trainer.train() first")
         return self._run
-
-    def _feed_trackers(self) -> None:
-        """Put a feeder first in the handler's list, so that TensorBoard and the like see our figures.
-
-        The Trainer hands a callback no handle on its peers, and trackers log before user callbacks: the handler that
-        is calling us is found two frames up. Without it only trackers miss the figures.
-        """
-        frame = sys._getframe(2)
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler) and not any(isinstance(c, _LogFeeder) for c in handler.callbacks):
-            handler.callbacks.insert(0, _LogFeeder(self))
 
     def _space(self, model: nn.Module) -> Space:
         if not isinstance(model, PeftModel):
@@ -298,6 +344,11 @@ class ATPCallback(TrainerCallback):
             run.load_state(*self._load(self._resumed_from(args, state), args, state))
         else:
             run.learner.start()
+        self._monitor = Monitor(run.learner, Path(args.output_dir), state.is_world_process_zero, LOG_PREFIX)
+        self._watch(self._held_out)
+        self._monitor.begin(state.global_step)
+        if state.global_step == 0:
+            self._monitor.measure_held_out(dense=True, pruned=False)
         if note := run.learner.note():
             logger.warning("atp: %s", note)
 
@@ -359,16 +410,6 @@ class ATPCallback(TrainerCallback):
             if beside is not None:
                 model.save_pretrained(beside, state_dict=adapters)
             self._save(beside or final, args, state, self.learner.state())
-
-
-class _LogFeeder(TrainerCallback):
-    """Stands first in the handler's list and adds the owner's figures to every log."""
-
-    def __init__(self, owner: ATPCallback) -> None:
-        self._owner = owner
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._owner.add_metrics(kwargs["logs"])
 
 
 def save_adapters(model: PeftModel, folder: Path, writes: bool) -> None:

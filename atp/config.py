@@ -24,6 +24,7 @@ DECISIONS = ("generator", "logits", "criterion")
 CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "random")
 COMPENSATIONS = ("auto", "follow", "weights", "bias", "none")
 RANKINGS = ("block", "global", "standard")
+ON_ALERT = ("warn", "stop")
 IMPLS = ("auto", "eager", "compact", "triton")
 
 _LEARNING = (
@@ -114,6 +115,8 @@ class ATPConfig:
             `"compact"` likewise, and is an error where not every layer is. `"triton"`: as `"auto"`, and blocks that
             are Llama's but for their attention apply masks in their norms, residual adds and SwiGLU, by Triton
             kernels; needs a GPU, and has not been timed on one.
+        on_alert: what an alert does, a figure that says something is going wrong (`training.alerts`): `"warn"`, or
+            `"stop"`, which saves a checkpoint besides and ends training.
         export: write `pruned/` when training ends.
         seed: of the private random streams; the global ones are never touched.
     """
@@ -159,6 +162,7 @@ class ATPConfig:
     calibration_batch_size: int | None = None
 
     impl: str = "auto"
+    on_alert: str = "warn"
     export: bool = True
     seed: int = 0
 
@@ -176,6 +180,7 @@ class ATPConfig:
             ("init_ranking", self.init_ranking in (None, *RANKINGS), f"one of {', '.join(RANKINGS)}, or null"),
             ("compensate", self.compensate in COMPENSATIONS, f"one of {', '.join(COMPENSATIONS)}"),
             ("impl", self.impl in IMPLS, f"one of {', '.join(IMPLS)}"),
+            ("on_alert", self.on_alert in ON_ALERT, f"one of {', '.join(ON_ALERT)}"),
             ("round_to", self.round_to is None or _positive_int(self.round_to), "a positive integer or null"),
             (
                 "calibration_batch_size",

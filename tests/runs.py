@@ -72,7 +72,7 @@ def trainer(
         "report_to": "none",
         "disable_tqdm": True,
     } | arguments
-    ours = () if atp is None else (atp if isinstance(atp, ATPCallback) else ATPCallback(atp),)
+    ours = () if atp is None else (atp if isinstance(atp, ATPCallback) else ATPCallback(atp, report=False),)
     args = TrainingArguments(output_dir=str(folder), **settings)
     return Trainer(
         model=model or peft_model(folder=base),

@@ -500,7 +500,7 @@ def test_an_interrupted_evaluation_leaves_no_checkpoint_that_has_only_our_part(t
     )
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2"}
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-2", "journal.jsonl"}
     assert (tmp_path / "checkpoint-2" / "atp" / "state.json").exists()
 
 

@@ -1,6 +1,7 @@
 """What `atp train` measures: the cost of training, and the model that came out of it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +14,7 @@ from atp.evaluation import (
     prefill_speed,
     reset_peak_memory,
 )
+from atp.training.journal import Journal
 
 _PROMPT_TOKENS = 256
 _DECODE_PROMPT_TOKENS = 32
@@ -42,6 +44,25 @@ class PeakMemoryCallback(TrainerCallback):
     ) -> None:
         """Take the peak."""
         self.peak_mib = peak_memory_mib() if self._measurable else None
+
+
+class JournalCallback(TrainerCallback):
+    """Writes the journal of a run without pruning: what the Trainer logs."""
+
+    def __init__(self) -> None:
+        self._journal: Journal | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin it, or go on with it."""
+        self._journal = Journal(Path(args.output_dir), state.is_world_process_zero)
+        self._journal.begin(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A line."""
+        if self._journal is not None:
+            self._journal.write(state.global_step, "log", kwargs["logs"])
 
 
 def model_cost(model: PreTrainedModel) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from atp.callback import ATPCallback, save_adapters
 from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import load_data
-from atp.commands.measurement import PeakMemoryCallback
+from atp.commands.measurement import JournalCallback, PeakMemoryCallback
 from atp.commands.models import computes_in_bf16
 from atp.commands.output import flatten, print_table, write_json, write_text
 from atp.commands.results import base_model, base_results, run_results
@@ -31,13 +31,15 @@ from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
 from atp.models import load_tokenizer
 from atp.recipe import Recipe
+from atp.report import write_report
+from atp.training.journal import JOURNAL
 from atp.training.state import set_aside_unfinished
 
 logger = logging.getLogger(__name__)
 
 _RUN_FILES = (
     *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned"),
-    *("metrics.json", "recipe.yaml", "report.html"),
+    *("metrics.json", "recipe.yaml", "report.html", JOURNAL),
 )
 
 
@@ -76,7 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
     if first:
         _prepare(Path(recipe.output_dir), recipe, arguments.overwrite)
     memory = PeakMemoryCallback()
-    pruning = ATPCallback(recipe.atp, calibration_dataset=data.calibration) if recipe.atp else None
+    watched = data.validation if recipe.measure_base else None
+    pruning = (
+        ATPCallback(recipe.atp, data.calibration, held_out_dataset=watched, report=False)
+        if recipe.atp
+        else JournalCallback()
+    )
     trainer = Trainer(
         model=model,
         args=training,
@@ -84,11 +91,11 @@ def run(arguments: argparse.Namespace) -> None:
         eval_dataset=data.validation,
         data_collator=collator(tokenizer),
         processing_class=tokenizer,
-        callbacks=[memory, pruning] if pruning else [memory],
+        callbacks=[memory, pruning],
     )
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     tuned = trainer.accelerator.unwrap_model(trainer.model)
-    if not pruning:
+    if not recipe.atp:
         save_adapters(tuned, Path(recipe.output_dir) / "final", first)
     unset_hf_deepspeed_config()  # what is loaded from now on is the first process's alone, not in ZeRO-3's parts
     if first:
@@ -96,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
             "model": recipe.model.name_or_path,
             "command": ["atp", *arguments.words],
             "training": outcome.metrics | {"peak_memory_mib": memory.peak_mib},
-            **({"pruning": pruning.summary()} if pruning else {}),
+            **({"pruning": pruning.summary()} if isinstance(pruning, ATPCallback) else {}),
             **run_results(recipe, tuned, tokenizer, data, measured),
         }
         _write(recipe, results)
@@ -105,10 +112,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write(recipe: Recipe, results: dict[str, Any]) -> None:
-    """`metrics.json`, the model card anew, and a table."""
+    """`metrics.json`, the page, the model card anew, and a table."""
     write_json(Path(recipe.output_dir) / "metrics.json", results)
     if recipe.atp and recipe.atp.export:
         rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
+    write_report(recipe.output_dir)
     headline = {key: value for key, value in results.items() if key not in ("command", "data", "samples", "versions")}
     print_table(recipe.output_dir, ("", "value"), flatten(headline))
 

@@ -34,7 +34,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class Seen:
-    """One log of a run. `figures` are flat and without a prefix; `kept` are the groups that every set keeps, by kind."""
+    """One log of a run: `figures`, flat and without a prefix, and the groups that every set keeps, by kind."""
 
     step: int
     figures: Mapping[str, float]
@@ -117,7 +117,7 @@ def restless(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
 
 
 def emptied(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
-    """The final decision leaves nothing of a block's attention or MLP, in a space where that is no choice of its own."""
+    """The final decision leaves nothing of a block's attention or MLP, in a space where that is no choice."""
     last = seen[-1]
     if not last.figures.get("frozen") or any(kind in SWITCHES for kind in plan.sizes):
         return None

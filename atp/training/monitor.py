@@ -1,7 +1,7 @@
 """What a run is watched by: figures beyond those that a step makes anyway, the journal, and alerts.
 
-It knows no Trainer: `ATPCallback` calls it at the Trainer's events. Figures are worked out where they are logged, not at
-every step.
+It knows no Trainer: `ATPCallback` calls it at the Trainer's events. Figures are worked out where they are logged, not
+at every step.
 """
 
 import logging
@@ -136,7 +136,9 @@ class Monitor:
     def kept_by_block(self) -> dict[str, list[float]]:
         """Share that every set keeps, by kind."""
         kept = self._kept()
-        return {kind: [k / n for k, n in zip(kept[kind], sizes, strict=True)] for kind, sizes in self._plan.sizes.items()}
+        return {
+            kind: [k / n for k, n in zip(kept[kind], sizes, strict=True)] for kind, sizes in self._plan.sizes.items()
+        }
 
     def _kept(self) -> dict[str, list[int]]:
         learner = self._learner

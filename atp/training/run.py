@@ -3,7 +3,7 @@
 It knows no Trainer: `ATPCallback` calls it at the Trainer's events.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from atp.config import ATPConfig
 from atp.layers import Attachment
 from atp.training.compensation import Compensation
 from atp.training.distillation import Distillation
+from atp.training.held_out import HeldOut
 from atp.training.learner import DecisionLearner
 from atp.training.schedule import Schedule
 from atp.training.start import calibrate, for_refit, start
@@ -58,11 +59,12 @@ class PruningRun:
         quiet: bool = False,
     ) -> None:
         self._config, self._model = config, model
+        self._collate, self._batch_size = loader.collate_fn, batch_size
         rows_a_pass = config.calibration_batch_size or min(batch_size, config.calibration_rows)
         self.calibration = calibrate(config, given, loader, rows_a_pass)
         schedule = Schedule.of(config, total_steps)
         distils = config.distils and schedule.start_step > 0
-        compensation = Compensation(
+        self._compensation = compensation = Compensation(
             config.compensate,
             attachment,
             self._loss,
@@ -79,6 +81,19 @@ class PruningRun:
         self.learner = DecisionLearner(config, attachment, schedule, draw, compensation)
         self._distillation = (
             Distillation(model, attachment, compensation, config.distill, micro_batches, ranks) if distils else None
+        )
+
+    def held_out(self, rows: Sequence[Any]) -> HeldOut:
+        """What watches the dense and the pruned model on these rows."""
+        paused = self._distillation.paused if self._distillation is not None else nullcontext
+        return HeldOut(
+            self._model,
+            self.learner.attachment,
+            self._compensation,
+            rows,
+            self._collate,
+            self._batch_size,
+            paused,
         )
 
     def begin_step(self, step: int, loss_scale: float) -> None:

@@ -66,7 +66,7 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
     changed = [
         f"{key}: {saved['config'].get(key)} -> {value}"
         for key, value in mine["config"].items()
-        if key != "export" and value != saved["config"].get(key)
+        if key not in ("export", "on_alert") and value != saved["config"].get(key)
     ]
     if changed:
         raise CheckpointError(f"{folder}: was saved with another ATPConfig ({'; '.join(changed)}): use the same")
