@@ -151,10 +151,10 @@ class ATPCallback(TrainerCallback):
         self._loss_scale = _loss_scale(kwargs)
         freezes = not self.learner.frozen and state.global_step >= self.learner.schedule.freeze_step
         if freezes:
-            self._watching().measure_held_out(dense=True, pruned=False)
+            self._watching().measure_held_out(state.global_step, dense=True, pruned=False)
         self._running().begin_step(state.global_step, self._loss_scale)
         if freezes:
-            self._watching().measure_held_out(dense=False, pruned=True)
+            self._watching().measure_held_out(state.global_step, dense=False, pruned=True)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,7 +194,8 @@ class ATPCallback(TrainerCallback):
         monitor, learner = self._watching(), self.learner
         if monitor.held_out is None:
             self._watch(getattr(kwargs.get("eval_dataloader"), "dataset", None))
-        monitor.measure_held_out(dense=not learner.frozen, pruned=learner.step >= learner.schedule.start_step)
+        decided = learner.step >= learner.schedule.start_step
+        monitor.measure_held_out(state.global_step, dense=not learner.frozen, pruned=decided)
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -240,7 +241,7 @@ class ATPCallback(TrainerCallback):
                 learner.schedule.freeze_step,
             )
             learner.freeze()
-        self._watching().end()
+        self._watching().end(state.global_step)
         self._write_final(args, state, model)
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
@@ -348,7 +349,7 @@ class ATPCallback(TrainerCallback):
         self._watch(self._held_out)
         self._monitor.begin(state.global_step)
         if state.global_step == 0:
-            self._monitor.measure_held_out(dense=True, pruned=False)
+            self._monitor.measure_held_out(0, dense=True, pruned=False)
         if note := run.learner.note():
             logger.warning("atp: %s", note)
 

@@ -40,7 +40,7 @@ class Monitor:
         self._said: set[str] = set()
         self._figures: dict[str, float] = {}
         self._figures_at: tuple[int, bool] | None = None
-        self._held_out_at: int | None = None
+        self._held_out_at: tuple[int, bool] | None = None
         self.held_out: HeldOut | None = None
 
     def begin(self, step: int) -> None:
@@ -90,16 +90,15 @@ class Monitor:
                 found |= {f"lora_norm_{kind}_{which}": value for which, value in norms.items()}
         return found
 
-    def measure_held_out(self, dense: bool, pruned: bool) -> None:
-        """Log-perplexity of the held-out rows now; nothing where there are none."""
+    def measure_held_out(self, step: int, dense: bool, pruned: bool) -> None:
+        """Log-perplexity of the held-out rows after so many steps; nothing where there are none."""
         if self.held_out is None or not self.held_out.rows:
             return
-        step = self._learner.step
         found = {
             "dense": self.held_out.dense() if dense else None,
             "pruned": self.held_out.pruned() if pruned else None,
         }
-        self._held_out_at = step
+        self._held_out_at = (step, self._learner.frozen)
         self._learner.metrics |= {f"held_out_{name}": value for name, value in found.items() if value is not None}
         if not dense:
             self._learner.metrics.pop("held_out_dense", None)
@@ -127,11 +126,11 @@ class Monitor:
                 logger.warning("atp: %s", alert.message)
         return new
 
-    def end(self) -> None:
+    def end(self, step: int) -> None:
         """After the last step, under the final decision."""
-        if self._held_out_at != self._learner.step or self._learner.frozen_at == self._learner.step:
-            self.measure_held_out(dense=False, pruned=True)
-        self._journal.write(self._learner.step, "kept", self._kept())
+        if self._held_out_at != (step, True):
+            self.measure_held_out(step, dense=False, pruned=True)
+        self._journal.write(step, "kept", self._kept())
 
     def kept_by_block(self) -> dict[str, list[float]]:
         """Share that every set keeps, by kind."""
