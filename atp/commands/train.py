@@ -25,12 +25,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from atp.callback import ATPCallback, save_adapters
 from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import RunData, load_data
-from atp.commands.measurement import PeakMemoryCallback, model_cost
+from atp.commands.measurement import PeakMemoryCallback
 from atp.commands.models import computes_in_bf16, to_best_device
 from atp.commands.output import flatten, print_table, write_json, write_text
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.evaluation import folder_bytes, perplexity, score_task
+from atp.evaluation import folder_bytes, model_cost, perplexity, score_task
 from atp.models import load_model, load_tokenizer
 from atp.recipe import Recipe
 from atp.structure.sharding import is_sharded
