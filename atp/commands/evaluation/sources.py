@@ -55,7 +55,6 @@ def find_tasks(words: Sequence[str], rows: int | None = None, include_path: str 
         if not found:
             named.append(word)
         for name, path in found:
-            name = f"{path.parent.name}-{path.stem}" if name in files else name
             if name in files:
                 raise ConfigError(f"--tasks: {path} and {files[name]} are both called {name!r}: give NAME={path}")
             files[name] = path

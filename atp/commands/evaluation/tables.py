@@ -131,7 +131,8 @@ def _chance(p: float | None) -> str:
 
 
 def _latency(speed: Mapping[str, float], tokens: int = 1) -> str:
-    median, low, high = (f"{speed[key] / tokens:,.3g}" for key in ("latency_ms", "p20_ms", "p80_ms"))
+    values = [speed[key] / tokens for key in ("latency_ms", "p20_ms", "p80_ms")]
+    median, low, high = (f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values)
     return f"{median} ({low}-{high})"
 
 
