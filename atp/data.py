@@ -8,6 +8,7 @@ blocked between the rows of a window.
 Not covered: chat templates, streaming, images.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,11 +47,16 @@ class Row:
 class TaskRow(Row):
     """A row that a model is scored on, and not only measured: `choices`, of which number `label` is the completion.
 
-    A row without choices is answered in the model's own words.
+    A row without choices is answered in the model's own words; one without a prompt is text to be read.
     """
 
     choices: tuple[str, ...] = ()
     label: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """`choice`, `generation` or `text`."""
+        return "choice" if self.choices else "generation" if self.prompt else "text"
 
 
 def read_rows(
@@ -78,7 +84,7 @@ def read_rows(
 
 
 def read_task(path: str) -> list[TaskRow]:
-    """Read a JSONL file of rows with `prompt` and `completion`, and, for all of them or none, `choices` and `label`.
+    """Read a JSONL file of one kind of rows: `prompt` and `completion`, those with `choices` and `label`, or `text`.
 
     Raises:
         DataError: naming the file and the line.
@@ -86,14 +92,19 @@ def read_task(path: str) -> list[TaskRow]:
     rows = [_task_row(record, where) for where, record in _read_file(Path(path))]
     if not rows:
         raise DataError(f"{path}: holds no rows: give a file with at least one")
-    if len({bool(row.choices) for row in rows}) > 1:
-        raise DataError(f"{path}: some rows have `choices` and some have none: make them two files")
+    kinds = {row.kind for row in rows}
+    if len(kinds) > 1:
+        column = "`choices`" if "choice" in kinds else "a `prompt`"
+        raise DataError(f"{path}: some rows have {column} and some have none: make them two files")
     return rows
 
 
-def fingerprint_of(rows: Iterable[Row]) -> str:
-    """Of the content and order of a set of rows: 16 hexadecimal digits."""
-    return hashlib.sha256("".join(row.fingerprint for row in rows).encode()).hexdigest()[:16]
+def fingerprint(rows: Iterable[Row]) -> str:
+    """A hash of the rows' content, in their order: equal where a model saw, or was scored on, the very same rows."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(dataclasses.astuple(row)).encode() + b"\n")
+    return found.hexdigest()
 
 
 def check_disjoint(rows: Iterable[Row], held_out: Iterable[Row], names: tuple[str, str]) -> None:
@@ -206,10 +217,13 @@ def _row(record: Mapping[str, Any], where: str, prompt: str | None, completion: 
 
 def _task_row(record: Mapping[str, Any], where: str) -> TaskRow:
     row = _row(record, where, None, None)
-    if not (row.prompt and row.completion.strip()):
-        raise DataError(f"{where}: a task needs a `prompt` and a `completion`, and one is empty: fill it in")
     choices, label = record.get("choices"), record.get("label")
-    if choices is None and label is None:
+    chooses = choices is not None or label is not None
+    if not row.completion.strip() or (chooses and not row.prompt):
+        raise DataError(
+            f"{where}: a task needs a `prompt` and a `completion`, or `text`, and what is there is empty: fill it in"
+        )
+    if not chooses:
         return TaskRow(row.prompt, row.completion)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise DataError(f"{where}: `choices` must be a list of two strings or more, found {choices!r}")

@@ -5,7 +5,17 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from atp.data import IGNORED, Row, TaskRow, check_disjoint, collator, make_windows, read_rows, read_task
+from atp.data import (
+    IGNORED,
+    Row,
+    TaskRow,
+    check_disjoint,
+    collator,
+    fingerprint,
+    make_windows,
+    read_rows,
+    read_task,
+)
 from atp.errors import DataError
 from tests import tiny
 
@@ -58,6 +68,21 @@ def test_tasks_have_choices_or_none(tmp_path):
     path.write_text("\n".join(json.dumps(r) for r in records))
     assert read_task(str(path)) == [TaskRow("a", " c", (" b", " c"), 1)]
     assert read_task(str(tiny.jsonl(path, range(2)))) == [TaskRow(**tiny.row(0)), TaskRow(**tiny.row(1))]
+    path.write_text('{"text": "statute"}\n{"prompt": "", "completion": "case law"}\n')
+    assert read_task(str(path)) == [TaskRow("", "statute"), TaskRow("", "case law")]
+
+
+def test_tasks_are_of_a_kind():
+    rows = [TaskRow("a", " c", (" b", " c"), 1), TaskRow("a", " c"), TaskRow("", "c")]
+    assert [row.kind for row in rows] == ["choice", "generation", "text"]
+
+
+def test_fingerprints_tell_rows_and_their_order_apart():
+    rows = [TaskRow("a", " c", (" b", " c"), 1), TaskRow("b", " b", (" b", " c"), 0)]
+    again = [TaskRow("a", " c", (" b", " c"), 1), TaskRow("b", " b", (" b", " c"), 0)]
+    assert fingerprint(rows) == fingerprint(again)
+    others = [rows[::-1], rows[:1], [rows[0], TaskRow("b", " b", (" b", " d"), 0)], [Row("a", " c"), Row("b", " b")]]
+    assert len({fingerprint(each) for each in [rows, *others]}) == 5
 
 
 @pytest.mark.parametrize(
@@ -69,6 +94,7 @@ def test_tasks_have_choices_or_none(tmp_path):
         ({"label": None}, "line 1: `label` must be a number from 0 to 1, found None"),
         ({"label": 0}, r"line 1: choices\[0\] is ' b', the completion ' c'"),
         ({"prompt": ""}, "line 1: a task needs a `prompt` and a `completion`"),
+        ({"prompt": "", "choices": None, "label": None, "completion": " "}, "or `text`, and what is there is empty"),
     ],
 )
 def test_bad_tasks_are_one_line_that_says_where(tmp_path, changes, message):
@@ -87,6 +113,9 @@ def test_a_task_with_some_choices_or_no_rows_is_an_error(tmp_path):
     rows = [{"prompt": "a", "completion": " c", "choices": [" b", " c"], "label": 1}, tiny.row(0)]
     path.write_text("\n".join(json.dumps(r) for r in rows))
     with pytest.raises(DataError, match="some rows have `choices` and some have none"):
+        read_task(str(path))
+    path.write_text("\n".join(json.dumps(r) for r in [{"text": "a"}, tiny.row(0)]))
+    with pytest.raises(DataError, match="some rows have a `prompt` and some have none"):
         read_task(str(path))
 
 

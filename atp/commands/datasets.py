@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from atp.data import Row, TaskRow, check_disjoint, fingerprint_of, make_windows, read_rows, read_task
+from atp.data import Row, TaskRow, check_disjoint, fingerprint, make_windows, read_rows, read_task
 from atp.evaluation import check_tasks_available, evenly_spread
 from atp.recipe import DataSettings
 
@@ -72,7 +72,7 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progre
         windows(calibration),
         tasks,
         samples=_samples(validation or []),
-        fingerprints={name: fingerprint_of(found) for name, found in sets.items()},
+        fingerprints={name: fingerprint(found) for name, found in sets.items()},
         rows={name: len(found) for name, found in sets.items()},
     )
 

@@ -1,65 +1,229 @@
-"""`atp eval MODEL...`: token-weighted perplexity and size of any causal LMs on the same rows."""
+"""`atp eval MODEL...`: quality, speed and size of any causal LMs on the same rows, and gates for regressions.
+
+Models are measured one after the other in this process; each is freed before the next is loaded. Peak memory is that
+of loading and of all that is measured, from what is resident before: on CUDA what torch allocated, else the whole
+process with its libraries, so that it is comparable between models of one call and not with other tools.
+"""
 
 import argparse
 import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from atp.commands.evaluation.figures import Measured, differences, figures
+from atp.commands.evaluation.gates import Verdict, check_gates, judge, line, parse_gate
+from atp.commands.evaluation.sources import Tasks, find_tasks
+from atp.commands.evaluation.tables import (
+    print_costs,
+    print_differences,
+    print_perplexity,
+    print_scores,
+    print_verdicts,
+)
 from atp.commands.models import to_best_device
-from atp.commands.output import print_table, write_json
-from atp.data import make_windows, read_rows
+from atp.commands.output import write_json
+from atp.data import Row, make_windows, read_rows
 from atp.errors import ConfigError
-from atp.evaluation import count_parameters, perplexity
-from atp.models import load_model, load_tokenizer
+from atp.evaluation import (
+    Difference,
+    TaskScore,
+    folder_bytes,
+    model_cost,
+    peak_memory_mib,
+    perplexity_by_row,
+    release_memory,
+    reset_peak_memory,
+    score_named,
+    score_task,
+)
+from atp.models import load_model, load_tokenizer, split_gguf
 from atp.recipe import DTYPES
-from atp.report import Spread, spread
+
+_EPILOG = """\
+tasks (--tasks, repeatable):
+  FILE.jsonl or NAME=FILE.jsonl   rows with prompt, completion and, for multiple choice, choices and label; or text
+  FOLDER                          its files, or the test.jsonl (else validation.jsonl) in it and its sub-folders
+  NAME                            a task, group or tag of lm-evaluation-harness
+
+gates (--fail-if, repeatable): NAME < NUMBER or NAME > NUMBER
+  'ppl > +3%'          a number with a sign is a change from the --baseline, with % a share of its figure
+  'pubmedqa.acc < -2'  scores are TASK.METRIC (acc, macro_f1, rouge1, rouge2, rougeL, ...), in percent: 2 points
+  'decode.ms > 40'     a number without a sign is the figure itself
+  names: ppl (needs --data), parameters, flops (per token), bytes, memory (peak MiB), prefill.ms, decode.ms (a token),
+  and TASK.METRIC
+
+Without --baseline the first of several MODELs is what the table of changes compares with. Gates on changes need
+--baseline; gates hold for every MODEL but the baseline.
+
+Exit status: 0, 1 where a gate failed (one line each on standard error), 2 on bad input.
+"""
 
 
 def add(commands: Any) -> None:
     """Declare the command."""
-    parser = commands.add_parser("eval", help="held-out perplexity of one or more models")
+    parser = commands.add_parser(
+        "eval",
+        help="quality, speed and size of one or more models, and gates for regressions",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("models", metavar="MODEL", nargs="+", help="hub name, folder, or .gguf file")
-    parser.add_argument("--data", required=True, metavar="FILE", action="append", help="JSONL file or hub data set")
-    parser.add_argument("--split", default="test", help="split of a hub data set (default test)")
-    parser.add_argument("--prompt", help="template over the columns, e.g. 'Question: {question}'")
-    parser.add_argument("--completion", help="template over the columns, e.g. ' {answer}'")
-    parser.add_argument("--completion-only", action="store_true", help="count the tokens of completions only")
-    parser.add_argument("--packing", action="store_true", help="windows of exactly --max-length tokens")
-    parser.add_argument("--max-length", type=int, default=256, help="tokens a row or window (default 256)")
-    parser.add_argument("--batch-size", type=int, default=8)
+    data = parser.add_argument_group("perplexity")
+    data.add_argument("--data", metavar="FILE", action="append", default=[], help="JSONL file or hub data set")
+    data.add_argument("--split", default="test", help="split of a hub data set (default test)")
+    data.add_argument("--prompt", help="template over the columns, e.g. 'Question: {question}'")
+    data.add_argument("--completion", help="template over the columns, e.g. ' {answer}'")
+    data.add_argument("--completion-only", action="store_true", help="count the tokens of completions only")
+    data.add_argument("--packing", action="store_true", help="windows of exactly --max-length tokens")
+    data.add_argument("--max-length", type=int, default=256, help="tokens a row or window (default 256)")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("--tasks", metavar="TASK", action="append", default=[], help="see below; needs atp[tasks]")
+    tasks.add_argument("--task-rows", type=int, metavar="N", help="score N rows of each task, evenly spread")
+    tasks.add_argument("--include-path", metavar="FOLDER", help="folder of lm-eval task definitions (YAML)")
+    gates = parser.add_argument_group("regressions")
+    gates.add_argument("--baseline", metavar="MODEL", help="what changes are from; measured too if it is no MODEL")
+    gates.add_argument("--fail-if", metavar="EXPR", action="append", default=[], help="see below")
+    parser.add_argument("--no-speed", action="store_true", help="leave latencies out")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at once (default 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto")
     parser.add_argument("--gguf-file", help="GGUF file inside every MODEL that is not itself a .gguf path")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Measure the models one after the other and print one table."""
-    for name, least in (("max_length", 2), ("batch_size", 1)):
-        if getattr(arguments, name) < least:
+def run(arguments: argparse.Namespace) -> int:
+    """Measure the models one after the other, print tables, and say which gates failed."""
+    for name, least in (("max_length", 2), ("batch_size", 1), ("task_rows", 1)):
+        given = getattr(arguments, name)
+        if given is not None and given < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be an integer >= {least}")
-    rows = read_rows(arguments.data, arguments.split, arguments.prompt, arguments.completion)
-    results = [_measure(name, rows, arguments) for name in arguments.models]
-    print_table(
-        f"{', '.join(arguments.data)}: {len(rows)} rows",
-        ("model", "parameters", "perplexity", "nll", "worst row's nll", "tokens counted", "tokens/s"),
-        [_texts(result) for result in results],
-    )
+    gates = [parse_gate(text) for text in arguments.fail_if]
+    names = list(arguments.models)
+    if arguments.baseline is not None and arguments.baseline not in names:
+        names.insert(0, arguments.baseline)
+    if arguments.baseline is not None and len(names) == 1:
+        raise ConfigError(f"--baseline {arguments.baseline} is the only MODEL: give one to compare with it")
+    tasks = find_tasks(arguments.tasks, arguments.task_rows, arguments.include_path)
+    check_gates(gates, bool(arguments.data), not arguments.no_speed, tasks.metrics, arguments.baseline)
+    rows = _rows(arguments)
+    models = [_measure(name, rows, tasks, arguments) for name in names]
+    first = names.index(arguments.baseline) if arguments.baseline is not None else 0
+    others = [model for index, model in enumerate(models) if index != first]
+    changed = {model.name: differences(models[first], model) for model in others}
+    judged = others if arguments.baseline is not None and others else models
+    verdicts = [judge(gate, model.name, figures(model), changed.get(model.name)) for gate in gates for model in judged]
+    _print(models, models[first].name, changed, verdicts, arguments, len(rows))
     if arguments.json:
-        write_json(arguments.json, {"data": arguments.data, "rows": len(rows), "models": results})
+        write_json(arguments.json, _results(models, models[first].name, changed, verdicts, arguments, len(rows)))
+    failed = [verdict for verdict in verdicts if verdict.failed]
+    for verdict in failed:
+        print(f"atp: {line(verdict)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def _texts(result: dict[str, Any]) -> tuple[object, ...]:
-    return (
-        *(result[key] for key in ("model", "parameters", "perplexity")),
-        spread(Spread(result["nll"], result["nll_stderr"]), digits=3),
-        *(result[key] for key in ("worst_row_nll", "tokens", "tokens_per_second")),
-    )
+def _rows(arguments: argparse.Namespace) -> list[Row]:
+    if not arguments.data:
+        return []
+    return read_rows(arguments.data, arguments.split, arguments.prompt, arguments.completion)
 
 
-def _measure(name: str, rows: list[Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def _measure(name: str, rows: Sequence[Row], tasks: Tasks, arguments: argparse.Namespace) -> Measured:
     gguf_file = None if name.endswith(".gguf") else arguments.gguf_file
     tokenizer = load_tokenizer(name, gguf_file)
-    windows = make_windows(rows, tokenizer, arguments.max_length, arguments.packing, arguments.completion_only)
+    windows = None
+    if rows:
+        windows = make_windows(rows, tokenizer, arguments.max_length, arguments.packing, arguments.completion_only)
+    release_memory()
+    measurable = reset_peak_memory()
     model = to_best_device(load_model(name, gguf_file, arguments.dtype))
-    measured = dataclasses.asdict(perplexity(model, windows, arguments.batch_size))
-    return {"model": name, "parameters": count_parameters(model), **measured}
+    result: dict[str, Any] = {"model": name, **model_cost(model, not arguments.no_speed)}
+    result["bytes"] = _bytes(name, gguf_file)
+    by_row = None
+    if windows is not None:
+        found, by_row = perplexity_by_row(model, windows, arguments.batch_size)
+        result |= dataclasses.asdict(found)
+    scores = _scores(model, tokenizer, tasks, arguments)
+    result["peak_memory_mib"] = peak_memory_mib() if measurable else None
+    result["tasks"] = {task: dataclasses.asdict(score) for task, score in scores.items()}
+    digest = hashlib.sha256(json.dumps(windows[:]).encode()).hexdigest() if windows is not None else None
+    del model
+    release_memory()
+    return Measured(name, result, scores, by_row, digest)
+
+
+def _scores(model: Any, tokenizer: Any, tasks: Tasks, arguments: argparse.Namespace) -> dict[str, TaskScore]:
+    scores = {
+        name: score_task(name, rows, model, tokenizer, arguments.batch_size) for name, rows in tasks.local.items()
+    }
+    if tasks.named:
+        scores |= score_named(tasks.named, model, tokenizer, arguments.batch_size, arguments.task_rows)
+    return scores
+
+
+def _bytes(name: str, gguf_file: str | None) -> int | None:
+    """Of the folder, the GGUF file, or what the hub's cache has of a name; None where it has nothing."""
+    folder, file = split_gguf(name, gguf_file)
+    if not Path(folder).is_dir():
+        try:
+            folder = snapshot_download(folder, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    path = Path(folder) / file if file else Path(folder)
+    return folder_bytes(path) if path.is_dir() else path.stat().st_size if path.is_file() else None
+
+
+def _print(
+    models: Sequence[Measured],
+    baseline: str,
+    changed: dict[str, dict[str, Difference]],
+    verdicts: Sequence[Verdict],
+    arguments: argparse.Namespace,
+    rows: int,
+) -> None:
+    print_costs(models)
+    if rows:
+        print_perplexity(f"{', '.join(arguments.data)}: {rows} rows", models)
+    if models[0].scores:
+        print_scores(models)
+    if changed:
+        print_differences(baseline, changed)
+    if verdicts:
+        print_verdicts(verdicts)
+
+
+def _results(
+    models: Sequence[Measured],
+    baseline: str,
+    changed: dict[str, dict[str, Difference]],
+    verdicts: Sequence[Verdict],
+    arguments: argparse.Namespace,
+    rows: int,
+) -> dict[str, Any]:
+    return {
+        "models": [model.result for model in models],
+        "data": arguments.data,
+        "rows": rows,
+        "baseline": baseline if changed else None,
+        "differences": {
+            name: {figure: dataclasses.asdict(difference) for figure, difference in found.items()}
+            for name, found in changed.items()
+        },
+        "gates": [dataclasses.asdict(verdict) for verdict in verdicts],
+        "failed": [verdict.gate for verdict in verdicts if verdict.failed],
+        "versions": {name: found for name in ("atp", "torch", "transformers", "lm_eval") if (found := _version(name))},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

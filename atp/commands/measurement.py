@@ -1,25 +1,12 @@
-"""What `atp train` measures: the cost of training, and the model that came out of it."""
+"""What `atp train` measures besides the model that comes out: the memory that training took."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from atp.evaluation import (
-    count_parameters,
-    flops_per_token,
-    generation_speed,
-    peak_memory_mib,
-    prefill_speed,
-    reset_peak_memory,
-)
+from atp.evaluation import peak_memory_mib, reset_peak_memory
 from atp.training.journal import Journal
-
-_PROMPT_TOKENS = 256
-_DECODE_PROMPT_TOKENS = 32
-_DECODE_TOKENS = 16
-_CALLS = 3
 
 
 class PeakMemoryCallback(TrainerCallback):
@@ -63,22 +50,3 @@ class JournalCallback(TrainerCallback):
         """A line."""
         if self._journal is not None:
             self._journal.write(state.global_step, "log", kwargs["logs"])
-
-
-def model_cost(model: PreTrainedModel) -> dict[str, Any]:
-    """Parameters, FLOPs per token, and the latency of one stream: a prompt read, and a token written."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROMPT_TOKENS
-    prompt_tokens = min(_PROMPT_TOKENS, longest)
-    prefill = prefill_speed(model, prompt_tokens=prompt_tokens, calls=_CALLS)
-    decode = generation_speed(model, prompt_tokens=_DECODE_PROMPT_TOKENS, generated_tokens=_DECODE_TOKENS, calls=_CALLS)
-    return {
-        "parameters": count_parameters(model),
-        "flops_per_token": flops_per_token(model),
-        "prefill": dataclasses.asdict(prefill) | {"prompt_tokens": prompt_tokens},
-        "decode": dataclasses.asdict(decode)
-        | {
-            "prompt_tokens": _DECODE_PROMPT_TOKENS,
-            "generated_tokens": _DECODE_TOKENS,
-            "latency_ms_per_token": decode.latency_ms / _DECODE_TOKENS,
-        },
-    }

@@ -10,10 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.commands.datasets import RunData
-from atp.commands.measurement import model_cost
 from atp.commands.models import to_best_device
 from atp.data import Row
-from atp.evaluation import continuation, folder_bytes, perplexity, score_task
+from atp.evaluation import continuation, folder_bytes, model_cost, perplexity, score_task
 from atp.models import load_model
 from atp.recipe import Recipe
 from atp.structure.sharding import is_sharded

@@ -5,6 +5,9 @@ process, weights and libraries included. Not covered: other accelerators, other 
 distributed run.
 """
 
+import ctypes
+import gc
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +35,17 @@ def peak_memory_mib() -> float | None:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return _resident_peak_mib()
+
+
+def release_memory() -> None:
+    """Give back what is no longer used, so that the next measurement does not begin with it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":  # glibc keeps freed memory for later, and the system counts it as resident
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _resident_peak_mib() -> float | None:

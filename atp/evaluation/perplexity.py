@@ -51,6 +51,13 @@ def perplexity(
     Raises:
         DataError: where no token has a label.
     """
+    return perplexity_by_row(model, dataset, batch_size, progress)[0]
+
+
+def perplexity_by_row(
+    model: PreTrainedModel, dataset: Sequence[Mapping[str, Any]], batch_size: int = 8, progress: bool = True
+) -> tuple[Perplexity, Tensor]:
+    """As `perplexity`, and each row's sum of -log p and number of label tokens, `(rows, 2)`, float64 on the CPU."""
     was_training = model.training
     model.eval()
     measured: list[Tensor] = []
@@ -69,11 +76,14 @@ def perplexity(
             seen += sum(len(row["input_ids"]) for row in rows)
     finally:
         model.train(was_training)
-    sums, counts = torch.cat(measured or [torch.zeros(0, 2)]).T
-    sums, counts = sums[counts > 0], counts[counts > 0]
+    by_row = torch.cat(measured or [torch.zeros(0, 2)])
+    return _summed(by_row, seen, time.perf_counter() - start), by_row
+
+
+def _summed(by_row: Tensor, seen: int, seconds: float) -> Perplexity:
+    sums, counts = by_row[by_row[:, 1] > 0].T
     if len(counts) == 0:
         raise DataError("no token has a label: there is nothing to measure; give longer rows or label the prompt too")
-    seconds = time.perf_counter() - start
     nll = (sums.sum() / counts.sum()).item()
     return Perplexity(
         perplexity=math.exp(min(nll, 700.0)),

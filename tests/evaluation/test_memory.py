@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atp.evaluation import memory
-from atp.evaluation.memory import peak_memory_mib, reset_peak_memory
+from atp.evaluation.memory import peak_memory_mib, release_memory, reset_peak_memory
 
 needs_linux = pytest.mark.skipif(
     torch.cuda.is_available() or not memory._CLEAR.exists(), reason="resident memory is measured on Linux without CUDA"
@@ -20,6 +20,20 @@ def test_a_block_counts_while_measured_and_is_forgotten_on_reset():
     assert peak_memory_mib() - before == pytest.approx(200, abs=20)
     assert reset_peak_memory()
     assert peak_memory_mib() - before < 100
+
+
+@needs_linux
+def test_released_memory_is_no_longer_resident():
+    """Many blocks too small to be mapped on their own, which the allocator keeps when they are freed."""
+    release_memory()
+    assert reset_peak_memory()
+    before = peak_memory_mib()
+    blocks = [bytearray(b"x") * 100_000 for _ in range(1000)]
+    assert peak_memory_mib() - before > 75
+    del blocks
+    release_memory()
+    assert reset_peak_memory()
+    assert peak_memory_mib() - before < 30
 
 
 def test_unknown_where_the_system_does_not_tell(monkeypatch, tmp_path):

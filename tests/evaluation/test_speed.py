@@ -3,6 +3,7 @@
 import pytest
 
 from atp.evaluation import count_parameters, folder_bytes, generation_speed, prefill_speed
+from atp.evaluation.speed import _speed
 from tests import tiny
 
 
@@ -13,6 +14,14 @@ def test_speeds_are_tokens_over_the_median_latency():
     generation = generation_speed(model, batch_size=2, prompt_tokens=4, generated_tokens=3, calls=1)
     assert generation.tokens_per_second == pytest.approx(6 / (generation.latency_ms / 1e3))
     assert (prefill.calls, generation.calls) == (3, 1)
+    assert 0 < prefill.p20_ms <= prefill.latency_ms <= prefill.p80_ms
+    assert generation.p20_ms == generation.latency_ms == generation.p80_ms, "of a single call"
+
+
+def test_percentiles_lie_between_neighbours_by_their_distance():
+    speed = _speed(100, [0.010, 0.020, 0.030, 0.040, 0.060, 0.070])
+    assert (speed.p20_ms, speed.latency_ms, speed.p80_ms) == pytest.approx((20, 35, 60))
+    assert speed.tokens_per_second == pytest.approx(100 / 0.035)
 
 
 def test_generation_makes_exactly_the_asked_tokens(monkeypatch):

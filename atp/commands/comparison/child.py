@@ -53,7 +53,16 @@ def run_child(run: Run, jobs: int = 1) -> dict[str, Any]:
     results = json.loads(metrics.read_text(encoding="utf-8"))
     if not math.isfinite(results["validation"]["nll"]):
         return row | {"status": "failed", "exit_status": status, "error": "the validation loss is not finite"}
-    return row | results
+    return row | _without_items(results)
+
+
+def _without_items(results: dict[str, Any]) -> dict[str, Any]:
+    """Scores of tasks without their values by row, which stay in the run's folder."""
+    tasks = {
+        name: {key: value for key, value in score.items() if key != "items"}
+        for name, score in results.get("tasks", {}).items()
+    }
+    return results | ({"tasks": tasks} if tasks else {})
 
 
 def launch(arguments: list[str], log: Path, jobs: int = 1) -> int:

@@ -1,0 +1,1 @@
+"""What `atp eval` needs besides measuring: which tasks, which figures, what changed, and which gates that fails."""
