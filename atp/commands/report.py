@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         report = write_record(records[0], out)
     else:
         report = write_comparison(records, out, _name(baseline, paths, records), failed)
-    _print(report)
+    print_report(report)
     if arguments.json:
         write_json(arguments.json, report.as_values())
 
@@ -85,7 +85,8 @@ def _place(paths: Sequence[Path]) -> Path:
     return Path(os.path.commonpath([folder.resolve().parent for folder in folders])) / _PAGE
 
 
-def _print(report: Report) -> None:
+def print_report(report: Report) -> None:
+    """Its headline table, what is to be said of it, and where it is."""
     if table := report.table:
         shown = [i for i, title in enumerate(table.columns) if not table.wide or title in _PRINTED]
         rows = [[_text(row[i]) for i in shown] for row in table.rows]

@@ -25,7 +25,8 @@ from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import load_data
 from atp.commands.measurement import JournalCallback, PeakMemoryCallback
 from atp.commands.models import computes_in_bf16
-from atp.commands.output import flatten, print_table, write_json, write_text
+from atp.commands.output import write_json, write_text
+from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
@@ -112,13 +113,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write(recipe: Recipe, results: dict[str, Any]) -> None:
-    """`metrics.json`, the page, the model card anew, and a table."""
+    """`metrics.json`, the model card anew, and the page."""
     write_json(Path(recipe.output_dir) / "metrics.json", results)
     if recipe.atp and recipe.atp.export:
         rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
-    write_report(recipe.output_dir)
-    headline = {key: value for key, value in results.items() if key not in ("command", "data", "samples", "versions")}
-    print_table(recipe.output_dir, ("", "value"), flatten(headline))
+    print_report(write_report(recipe.output_dir))
 
 
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
