@@ -375,7 +375,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_every_command_in_the_readme_parses():
-    names = "train|export|eval|inspect|compare|bench"
+    names = "train|export|eval|inspect|plan|compare|report|history|bench"
     commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", README.read_text(), re.M)
     assert len(commands) >= 4
     for command in commands:

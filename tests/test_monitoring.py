@@ -88,6 +88,9 @@ def test_the_journal_tells_what_is_kept(finished):
     }
     removed = space.prunable_parameters - callback.summary()["kept_parameters"]
     assert logs[10]["atp/parameters"] == plan["parameters"] - removed
+    head = tiny.model().lm_head.weight.numel()
+    left = (callback.summary()["kept_parameters"] + head) / (space.prunable_parameters + head)
+    assert (logs[1]["atp/flops_share"], logs[10]["atp/flops_share"]) == (1.0, pytest.approx(left))
     assert [logs[step]["atp/budget"] for step in (1, 3, 10)] == [0.0, 0.4, 0.4]
 
 

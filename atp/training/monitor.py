@@ -35,6 +35,8 @@ class Monitor:
         self._learner, self._writes, self._prefix = learner, writes, prefix
         self._journal = Journal(folder, writes)
         self._parameters = _base_parameters(learner)
+        lm: Any = learner.attachment.lm
+        self._head = shape_of(lm.get_output_embeddings().weight).numel()
         self._plan = _plan(learner)
         self._seen: list[Seen] = []
         self._said: set[str] = set()
@@ -77,10 +79,11 @@ class Monitor:
     def _worked_out(self) -> dict[str, float]:
         learner, space = self._learner, self._learner.space
         decision = learner.attachment.decision()
-        kept = space.kept_parameters(space.kept_counts(decision)).item()
+        kept, whole = space.kept_parameters(space.kept_counts(decision)).item(), space.prunable_parameters
         found = {
             "budget": 0.0 if learner.step < self._plan.start_step else learner.schedule.sparsity(learner.step),
-            "parameters": float(self._parameters - space.prunable_parameters + kept),
+            "parameters": float(self._parameters - whole + kept),
+            "flops_share": (kept + self._head) / (whole + self._head),
         }
         if (entropy := learner.entropy()) is not None:
             found["entropy"] = entropy
