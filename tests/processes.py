@@ -19,12 +19,16 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, training_args
 
+from atp import ATPCallback
 from atp.layers import attachment_of
 from atp.structure.sharding import is_sharded, whole
+from atp.training.journal import JOURNAL, entries
 from tests import runs
 
 ROWS_A_STEP = 4
 """Of all processes together."""
+
+HELD_OUT = runs.dataset(6, seed=9)
 
 KILLED_AT = 6
 """The step in which, or the checkpoint at which, a process dies."""
@@ -108,7 +112,8 @@ def prepared(
     settings = {"per_device_train_batch_size": case.rows_a_pass // processes(), "ddp_find_unused_parameters": False}
     settings |= case.arguments | arguments | engine_on_cpu()
     callbacks = (seen, KilledInStep()) if killed == "step" else (seen,)
-    run = runs.trainer(folder, runs.config(**case.atp), base=base, callbacks=callbacks, **settings)
+    ours = ATPCallback(runs.config(**case.atp), held_out_dataset=HELD_OUT, report=False)
+    run = runs.trainer(folder, ours, base=base, callbacks=callbacks, **settings)
     if killed == "save":
         run.__class__ = KilledInSave
     if (plugin := getattr(run.accelerator.state, "deepspeed_plugin", None)) is not None:
@@ -129,6 +134,7 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
     report = {
         "decisions": seen.decisions,
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
+        "held out": [found["held_out"] for found in entries(out / JOURNAL) if "held_out" in found],
         "engine": type(run.model_wrapped).__name__,
         "compact": runs.callback_of(run).learner.attachment.is_compact,
         "in parts": [name for name, parameter in parameters.items() if is_sharded(parameter)],

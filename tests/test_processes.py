@@ -131,6 +131,8 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
         assert here["decisions"] == there["decisions"], "ranks decide otherwise"
         assert all(runs.same(left(two, case, what), left(two, case, what, 1)) for what in WHAT), "ranks differ"
         worst = max(abs(a - b) for a, b in zip(here["losses"], one["losses"], strict=True))
+        for mine, other in zip(here["held out"], one["held out"], strict=True):
+            assert mine == pytest.approx(other, abs=ROUNDING_BF16 if case == "bf16" else ROUNDING)
         off = {what: runs.worst(left(two, case, what), left(alone, case, what)) for what in WHAT}
         same = sum(a == b for a, b in zip(here["decisions"], one["decisions"], strict=True))
         weights = ", ".join(f"{what} {error:.1e}" for what, error in off.items())
