@@ -440,3 +440,13 @@ def test_a_damaged_journal_is_refused(command, faked, tmp_path, capsys):
     assert "rows.jsonl, line 1: is not a row" in capsys.readouterr().err
     shutil.rmtree(journal.parent)
     assert command("--strategies", "atp") == 0
+
+
+def test_rows_of_a_comparison_leave_the_values_by_row_in_the_runs_folder():
+    results = {
+        "pruned": {"parameters": 3},
+        "tasks": {"finding": {"metric": "acc", "value": 0.5, "items": {"acc": [1.0]}}},
+    }
+    kept = child._without_items(results)
+    assert kept == results | {"tasks": {"finding": {"metric": "acc", "value": 0.5}}}
+    assert child._without_items({"pruned": {}}) == {"pruned": {}}

@@ -49,21 +49,28 @@ from atp.recipe import DTYPES
 
 _EPILOG = """\
 tasks (--tasks, repeatable):
-  FILE.jsonl or NAME=FILE.jsonl   rows with prompt, completion and, for multiple choice, choices and label; or text
-  FOLDER                          its files, or the test.jsonl (else validation.jsonl) in it and its sub-folders
-  NAME                            a task, group or tag of lm-evaluation-harness
+  FILE.jsonl or NAME=FILE.jsonl
+          rows with prompt, completion and, for multiple choice, choices and
+          label; or rows with text
+  FOLDER  its files, or the test.jsonl (else validation.jsonl) in it and in its
+          sub-folders, each named by its folder
+  NAME    a task, group or tag of lm-evaluation-harness
 
 gates (--fail-if, repeatable): NAME < NUMBER or NAME > NUMBER
-  'ppl > +3%'          a number with a sign is a change from the --baseline, with % a share of its figure
-  'pubmedqa.acc < -2'  scores are TASK.METRIC (acc, macro_f1, rouge1, rouge2, rougeL, ...), in percent: 2 points
+  'ppl > +3%'          a number with a sign is a change from the --baseline,
+                       with % a share of its figure
+  'pubmedqa.acc < -2'  scores are TASK.METRIC (acc, macro_f1, rouge1, rouge2,
+                       rougeL, ...), in percent: here a loss of 2 points
   'decode.ms > 40'     a number without a sign is the figure itself
-  names: ppl (needs --data), parameters, flops (per token), bytes, memory (peak MiB), prefill.ms, decode.ms (a token),
-  and TASK.METRIC
+  names: ppl (needs --data), parameters, flops (per token), bytes, memory (peak
+  MiB), prefill.ms, decode.ms (of a token), and TASK.METRIC
 
-Without --baseline the first of several MODELs is what the table of changes compares with. Gates on changes need
---baseline; gates hold for every MODEL but the baseline.
+Without --baseline the first of several MODELs is what the table of changes
+compares with. Gates on changes need --baseline; gates hold for every MODEL but
+the baseline.
 
-Exit status: 0, 1 where a gate failed (one line each on standard error), 2 on bad input.
+Exit status: 0, 1 where a gate failed (one line each on standard error), 2 on
+bad input.
 """
 
 

@@ -66,7 +66,7 @@ def print_scores(models: Sequence[Measured]) -> None:
         for estimate in (score.metrics[metric],)
     ]
     title = "tasks: scores in percent with 95 % intervals; cut: rows whose prompt is longer than the context"
-    print_table(title, ("score", "model", "value", "95 %", "rows", "cut"), rows, _WIDTH)
+    _print(title, ("score", "model", "value", "95 %", "rows", "cut"), rows, len(models))
 
 
 def print_differences(baseline: str, changed: Mapping[str, Mapping[str, Difference]]) -> None:
@@ -78,8 +78,9 @@ def print_differences(baseline: str, changed: Mapping[str, Mapping[str, Differen
         for name, found in zip(names[1:], changed.values(), strict=True)
         for difference in (found[figure],)
     ]
-    title = f"changes from {names[0]}: scores in points; intervals and p from the same rows of both"
-    print_table(title, ("figure", "model", "before", "after", "change", "95 %", "p"), rows, _WIDTH)
+    to = f" to {names[1]}" if len(changed) == 1 else ""
+    title = f"changes from {names[0]}{to}: scores in points; intervals and p from the same rows of both"
+    _print(title, ("figure", "model", "before", "after", "change", "95 %", "p"), rows, len(changed))
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
@@ -87,12 +88,20 @@ def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     names = short_names([verdict.model for verdict in verdicts])
     rows = [
         (
-            *(verdict.gate, name, _or_dash(verdict.baseline), show(verdict.value), _signed(verdict.change)),
+            *(verdict.gate, name, _or_dash(verdict.baseline), show(verdict.value)),
+            _signed(verdict.change) + "%" * (verdict.change is not None and verdict.gate.endswith("%")),
             *(_ends(verdict.low, verdict.high, _signed), _chance(verdict.p), "FAILED" if verdict.failed else "ok"),
         )
         for name, verdict in zip(names, verdicts, strict=True)
     ]
-    print_table("gates", ("fail if", "model", "before", "value", "change", "95 %", "p", ""), rows, _WIDTH)
+    columns = ("fail if", "model", "before", "value", "change", "95 %", "p", "")
+    _print("gates", columns, rows, len({verdict.model for verdict in verdicts}))
+
+
+def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], models: int) -> None:
+    """A table whose second column, the model, is left out where there is one only."""
+    kept = [index for index in range(len(columns)) if index != 1 or models > 1]
+    print_table(title, [columns[i] for i in kept], [[row[i] for i in kept] for row in rows], _WIDTH)
 
 
 def _interval(name: str, estimate: Estimate) -> tuple[str, str]:
