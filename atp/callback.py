@@ -341,15 +341,15 @@ class ATPCallback(TrainerCallback):
             quiet=args.disable_tqdm or not state.is_world_process_zero,
         )
         self._calibration_hashes = run.calibration.hashes() if run.calibration else set()
-        if state.global_step > 0:
-            run.load_state(*self._load(self._resumed_from(args, state), args, state))
-        else:
-            run.learner.start()
         self._monitor = Monitor(run.learner, Path(args.output_dir), state.is_world_process_zero, LOG_PREFIX)
         self._watch(self._held_out)
         self._monitor.begin(state.global_step)
         if state.global_step == 0:
             self._monitor.measure_held_out(0, dense=True, pruned=False)
+        if state.global_step > 0:
+            run.load_state(*self._load(self._resumed_from(args, state), args, state))
+        else:
+            run.learner.start()
         if note := run.learner.note():
             logger.warning("atp: %s", note)
 

@@ -94,6 +94,15 @@ def test_the_journal_tells_what_is_kept(finished):
     assert [logs[step]["atp/budget"] for step in (1, 3, 10)] == [0.0, 0.4, 0.4]
 
 
+def test_held_out_figures_are_logged_once(finished):
+    folder, _ = finished
+    logs, held_out = steps_logged(folder), journal(folder, "held_out")
+    found = {step: log["atp/held_out_dense"] for step, log in logs.items() if "atp/held_out_dense" in log}
+    assert found == {1: held_out[0][1]["dense"]}
+    found = {step: log["atp/held_out_pruned"] for step, log in logs.items() if "atp/held_out_pruned" in log}
+    assert found == {7: held_out[2][1]["pruned"]}
+
+
 def test_entropy_and_norms_are_logged_where_they_mean_something(finished):
     folder, run = finished
     logs = steps_logged(folder)

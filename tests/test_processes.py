@@ -132,7 +132,10 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
         assert all(runs.same(left(two, case, what), left(two, case, what, 1)) for what in WHAT), "ranks differ"
         worst = max(abs(a - b) for a, b in zip(here["losses"], one["losses"], strict=True))
         for mine, other in zip(here["held out"], one["held out"], strict=True):
+            if mine["dense"] is None and engine in IN_PARTS:
+                other = other | {"dense": None}  # an engine that holds weights in parts cannot undo the refit
             assert mine == pytest.approx(other, abs=ROUNDING_BF16 if case == "bf16" else ROUNDING)
+        assert here["held out"][0]["dense"] is not None
         off = {what: runs.worst(left(two, case, what), left(alone, case, what)) for what in WHAT}
         same = sum(a == b for a, b in zip(here["decisions"], one["decisions"], strict=True))
         weights = ", ".join(f"{what} {error:.1e}" for what, error in off.items())

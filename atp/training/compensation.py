@@ -187,6 +187,14 @@ class Compensation:
         finally:
             self._attachment.set_masks(before)
 
+    @property
+    def is_undoable(self) -> bool:
+        """Whether a pass of the whole model can be made within `undone`.
+
+        Not where an engine puts its own weights, whole, in place of those it holds in parts, when a block is called.
+        """
+        return not any(is_sharded(base_layer(self._attachment.modules[path]).weight) for path in self._applied)
+
     @contextmanager
     def undone(self, paths: Iterable[str] | None = None) -> Iterator[None]:
         """Within it, changed layers (of `paths`, or all) hold what they held at first."""

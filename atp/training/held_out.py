@@ -45,8 +45,10 @@ class HeldOut:
         """How many there are."""
         return len(self._rows)
 
-    def dense(self) -> float:
-        """Log-perplexity with nothing pruned, nats a token."""
+    def dense(self) -> float | None:
+        """Log-perplexity with nothing pruned, nats a token; None where base weights that were changed stay so."""
+        if not self._compensation.is_undoable:
+            return None
         with self._attachment.lifted(), self._compensation.undone():
             return self.pruned()
 

@@ -43,6 +43,7 @@ class Monitor:
         self._figures: dict[str, float] = {}
         self._figures_at: tuple[int, bool] | None = None
         self._held_out_at: tuple[int, bool] | None = None
+        self._fresh: dict[str, float] = {}
         self.held_out: HeldOut | None = None
 
     def begin(self, step: int) -> None:
@@ -68,12 +69,12 @@ class Monitor:
             )
 
     def figures(self) -> dict[str, float]:
-        """All that is known of the last step, without a prefix."""
+        """All that is known of the last step, and of held-out rows since the last log, without a prefix."""
         learner = self._learner
         now = (learner.step, learner.frozen)
         if self._figures_at != now:
             self._figures, self._figures_at = self._worked_out(), now
-        return learner.metrics | self._figures
+        return learner.metrics | self._figures | self._fresh
 
     @torch.no_grad()
     def _worked_out(self) -> dict[str, float]:
@@ -102,9 +103,7 @@ class Monitor:
             "pruned": self.held_out.pruned() if pruned else None,
         }
         self._held_out_at = (step, self._learner.frozen)
-        self._learner.metrics |= {f"held_out_{name}": value for name, value in found.items() if value is not None}
-        if not dense:
-            self._learner.metrics.pop("held_out_dense", None)
+        self._fresh = {f"held_out_{name}": value for name, value in found.items() if value is not None}
         self._journal.write(step, "held_out", found | {"rows": self.held_out.rows})
 
     def log(self, step: int, logs: Mapping[str, Any]) -> list[Alert]:
@@ -117,6 +116,7 @@ class Monitor:
         self._journal.write(step, "log", logs)
         decided = "loss" in logs and (learner.frozen or step > self._plan.start_step)
         kept = self._kept() if decided else {}
+        self._fresh = {} if "loss" in logs else self._fresh
         if kept:
             self._journal.write(step, "kept", kept)
         figures = {name.removeprefix(self._prefix): v for name, v in logs.items() if isinstance(v, int | float)}
