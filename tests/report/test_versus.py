@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 
 import pytest
@@ -60,7 +61,7 @@ def test_differences_are_from_the_baseline_and_say_which_way(tmp_path):
     assert [row[0].text for row in swapped.table.rows] == ["b", "a"]
     assert swapped.table.rows[1][-3].verdict == "worse"
     page = (tmp_path / "page.html").read_text()
-    assert '<span aria-hidden="true">▼</span><span class="sr">worse</span>' in page
+    assert re.search(r'class="change worse">[^<]+ worse</span>', page)
     with pytest.raises(ConfigError, match="--baseline c is none of the runs: give one of a, b"):
         write_comparison(records, tmp_path / "page.html", "c")
 
