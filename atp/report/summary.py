@@ -5,10 +5,11 @@ log-perplexity there. Every seed weighs the same. Not covered: significance; wit
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from atp.report.values import lower_is_better
 from atp.strategies import DENSE, is_two_stage
 
 Row = Mapping[str, Any]
@@ -28,7 +29,8 @@ class Cell:
 
     `nll` is held-out log-perplexity in nats per token, `worst_row_nll` the highest of a held-out row in any run,
     far above `nll` where a model breaks down on some rows (rows of earlier versions do not tell). `scores`: means by
-    task. `relative_performance`: a score over dense's, mean over tasks (ATP, arXiv 2412.14426, Section 4), of the runs
+    task. `relative_performance`: a score over dense's, or dense's
+    over it where less is better, mean over tasks (ATP, arXiv 2412.14426, Section 4), of the runs
     that were scored; `None` where the two were not scored on the same tasks. `gap_closed`: the
     share of the distance from the rival's nll to dense's that is gone, 0 for the rival itself, 1 for a model as
     good as dense. `perplexity_to_rival`, `relative_nll` and the `*_to_dense` figures are ratios. Latencies are
@@ -101,7 +103,7 @@ def _cell(
         nll=nll,
         worst_row_nll=max(_known(rows, _worst_row_nll), default=None),
         scores=scores,
-        relative_performance=_relative(scores, _scores(dense) if dense else {}),
+        relative_performance=_relative(scores, _scores(dense) if dense else {}, _lower(rows)),
         gap_closed=_gap_closed(nll.mean, dense, rival),
         perplexity_to_rival=_ratio(perplexity.mean, _mean(rival, _perplexity) if rival else None),
         relative_nll=_ratio(nll.mean, _mean(dense, _nll) if dense else None),
@@ -143,10 +145,20 @@ def _score_on(task: str) -> Callable[[Row], float]:
     return lambda row: row["tasks"][task]["value"]
 
 
-def _relative(scores: Mapping[str, Spread], dense: Mapping[str, Spread]) -> float | None:
+def _relative(scores: Mapping[str, Spread], dense: Mapping[str, Spread], lower: Set[str]) -> float | None:
     if not scores or scores.keys() != dense.keys() or not all(score.mean for score in dense.values()):
         return None
-    return statistics.fmean(score.mean / dense[task].mean for task, score in scores.items())
+    shares = {task: score.mean / dense[task].mean for task, score in scores.items()}
+    if not all(shares[task] for task in shares.keys() & lower):
+        return None
+    return statistics.fmean(1.0 / share if task in lower else share for task, share in shares.items())
+
+
+def _lower(rows: Sequence[Row]) -> set[str]:
+    """Tasks whose scores are better the lower they are."""
+    scored = [row for row in rows if row.get("tasks")]
+    tasks = scored[0]["tasks"].items() if scored else ()
+    return {task for task, score in tasks if lower_is_better(score.get("metric", ""))}
 
 
 def _overlap(rows: Sequence[Row]) -> dict[str, float] | None:

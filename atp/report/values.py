@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+_LOWER = ("perplexity", "ppl", "nll", "loss", "bits_per_byte", "error", "brier", "mse", "wer")
+
 
 def at(values: Any, *path: str) -> Any:
     """The value under nested keys, or `None`."""
@@ -51,3 +53,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric of that name is the better one."""
+    return any(part in metric.lower() for part in _LOWER)

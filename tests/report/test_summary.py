@@ -42,6 +42,14 @@ def test_distances_to_the_best_rival_and_to_dense():
     assert found["atp", 0.4].perplexity_to_rival == pytest.approx(np.exp([2.3, 2.4]).mean() / rival)
 
 
+def test_relative_performance_of_what_is_better_the_lower_it_is():
+    def scored(strategy, sparsity, value):
+        return row(strategy, sparsity, 0, 2.0) | {"tasks": {"text": {"metric": "ppl", "value": value}}}
+
+    found = cells([scored("dense", None, 10.0), scored("atp", 0.4, 12.5)])
+    assert found["atp", 0.4].relative_performance == pytest.approx(0.8)
+
+
 def test_relative_performance_is_the_mean_share_of_dense_scores_over_tasks():
     def scored(strategy, sparsity, seed, **scores):
         return row(strategy, sparsity, seed, 2.0) | {"tasks": {name: {"value": v} for name, v in scores.items()}}

@@ -11,10 +11,11 @@ from atp.errors import ConfigError
 from atp.report import write_comparison
 from atp.report.page.fronts import Point, pareto
 from atp.report.page.regressions import data_warnings, same_data
-from atp.report.page.texts import compared, lower_is_better, moved, short
+from atp.report.page.texts import compared, moved, short
 from atp.report.page.variants import group
 from atp.report.record import read_run
 from atp.report.sources import read_sources
+from atp.report.values import lower_is_better
 from tests.report import folders
 from tests.report.rows import ROWS
 

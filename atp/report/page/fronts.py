@@ -6,9 +6,9 @@ from typing import Any
 
 from atp.report.page.drawing import SERIES, SHAPES
 from atp.report.page.parts import Chart, plain_table
-from atp.report.page.texts import lower_is_better, short
+from atp.report.page.texts import short
 from atp.report.page.variants import Variant
-from atp.report.values import finite
+from atp.report.values import finite, lower_is_better
 
 _LOG_FROM = 4.0
 """Above this ratio of the largest to the smallest perplexity the axis is logarithmic."""

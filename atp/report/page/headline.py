@@ -7,9 +7,9 @@ from typing import Any
 
 from atp.report.page.parts import Table, Tile, Value
 from atp.report.page.tasks import Score, scores
-from atp.report.page.texts import NOTHING, compared, lower_is_better, megabytes, moved, short
+from atp.report.page.texts import NOTHING, compared, megabytes, moved, short
 from atp.report.record import Record
-from atp.report.values import finite, mapping_at, number_at
+from atp.report.values import finite, lower_is_better, mapping_at, number_at
 
 DENSE, TUNED, PRUNED = "dense (base)", "dense-tuned", "pruned"
 

@@ -11,10 +11,10 @@ from typing import Any
 import numpy
 
 from atp.report.page.tasks import Score
-from atp.report.page.texts import lower_is_better, short
+from atp.report.page.texts import short
 from atp.report.page.variants import Variant
 from atp.report.record import Record
-from atp.report.values import at, finite, mapping_at
+from atp.report.values import at, finite, lower_is_better, mapping_at
 
 PERPLEXITY_TOLERANCE = 0.03
 _DRAWS = 2_000

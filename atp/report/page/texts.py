@@ -4,13 +4,7 @@ import math
 
 from atp.report.page.parts import Value, Verdict
 
-_LOWER = ("perplexity", "ppl", "nll", "loss", "bits_per_byte", "error", "brier", "mse", "wer")
 NOTHING = "-"
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric of that name is the better one."""
-    return any(part in metric.lower() for part in _LOWER)
 
 
 def short(value: float | None, digits: int = 4) -> str:

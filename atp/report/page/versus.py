@@ -9,12 +9,12 @@ from atp.report.page.fronts import front_charts
 from atp.report.page.parts import Page, Section, Table, Value, plain_table
 from atp.report.page.regressions import PERPLEXITY_TOLERANCE, data_warnings, regressions
 from atp.report.page.tasks import tasks_section
-from atp.report.page.texts import NOTHING, compared, lower_is_better, megabytes, moved, share, short
+from atp.report.page.texts import NOTHING, compared, megabytes, moved, share, short
 from atp.report.page.variants import Variant, group
 from atp.report.record import Record
 from atp.report.summary import Cell, Spread, summarise
 from atp.report.tables import spread
-from atp.report.values import finite, number_at
+from atp.report.values import finite, lower_is_better, number_at
 
 _SETTINGS, _SHOWN = 60, 80
 _COLUMNS = 5
