@@ -16,6 +16,8 @@ RESTLESS = 0.02
 """Share of all groups that changes a step when the freeze is near."""
 NEAR = 0.8
 """Share of the learning steps from which on the freeze is near."""
+NEXT_TO_NOTHING = 0.05
+"""Share of a set's groups; a decision on budget always leaves a few."""
 DIVERGED_NATS = 0.1
 EVALUATIONS = 3
 """How many evaluations in a row must be worse than the best one."""
@@ -117,13 +119,14 @@ def restless(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
 
 
 def emptied(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
-    """The final decision leaves nothing of a block's attention or MLP, in a space where that is no choice."""
+    """The final decision leaves next to nothing of a set of groups, in a space where halves are not switched off."""
     last = seen[-1]
     if not last.figures.get("frozen") or any(kind in SWITCHES for kind in plan.sizes):
         return None
     parts, count = [], 0
     for kind, kept in last.kept.items():
-        empty = [block for block, left in zip(plan.blocks[kind], kept, strict=True) if left == 0 and kind != HIDDEN]
+        sets = zip(plan.blocks[kind], kept, plan.sizes[kind], strict=True)
+        empty = [block for block, left, size in sets if left <= NEXT_TO_NOTHING * size and kind != HIDDEN]
         if empty:
             count += len(empty)
             parts.append(f"{kind} of block {', '.join(map(str, empty))}")
@@ -131,7 +134,7 @@ def emptied(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
         return None
     return Alert(
         "empty",
-        f"nothing is left of {'; '.join(parts)}: usually a sign of too high a sparsity, or of scores that do not "
+        f"next to nothing is left of {'; '.join(parts)}: usually a sign of too high a sparsity, or of scores that do not "
         "compare over blocks; try protect, init_ranking: block, or a lower sparsity",
         float(count),
     )

@@ -40,12 +40,15 @@ NORMAL = {
     "held-out loss jumps where pruning begins": history([3.0, 2.8, 3.5, 3.4, 3.3, 3.2], [3.0, 2.7, 3.6, 3.3, 3.2, 3.1]),
     "held-out loss a little worse": history([3.0, 3.02, 3.03, 3.01, 3.02], [3.0, 2.9, 2.8, 2.7, 2.6]),
     "on budget late": [seen(50, sparsity=0.1)],
+    "one head left, and a few channels": [
+        seen(130, {"kv": [4, 1, 3, 2, 2, 4], "mlp": [40, 3, 28, 30, 4, 48]}, frozen=1.0)
+    ],
 }
 BAD = {
     "not finite": [seen(30, grad_norm=float("nan"))],
     "budget": [seen(110, sparsity=0.2)],
     "churn": [seen(105, churn=0.05), seen(115, churn=0.03)],
-    "empty": [seen(130, {"kv": [4, 0, 3, 2, 2, 4], "mlp": [40, 20, 28, 30, 0, 48]}, frozen=1.0)],
+    "empty": [seen(130, {"kv": [4, 0, 3, 2, 2, 4], "mlp": [40, 20, 28, 30, 2, 48]}, frozen=1.0)],
     "diverging": history([3.0, 2.8, 3.0, 3.1, 3.2], [3.0, 2.7, 2.5, 2.2, 2.0]),
     "collapse": [seen(60, entropy=1e-5)],
 }
