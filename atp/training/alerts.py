@@ -134,8 +134,8 @@ def emptied(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
         return None
     return Alert(
         "empty",
-        f"next to nothing is left of {'; '.join(parts)}: usually a sign of too high a sparsity, or of scores that do not "
-        "compare over blocks; try protect, init_ranking: block, or a lower sparsity",
+        f"next to nothing is left of {'; '.join(parts)}: usually a sign of too high a sparsity, or of scores that do "
+        "not compare over blocks; try protect, init_ranking: block, or a lower sparsity",
         float(count),
     )
 

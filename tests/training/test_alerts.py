@@ -40,7 +40,7 @@ NORMAL = {
     "held-out loss jumps where pruning begins": history([3.0, 2.8, 3.5, 3.4, 3.3, 3.2], [3.0, 2.7, 3.6, 3.3, 3.2, 3.1]),
     "held-out loss a little worse": history([3.0, 3.02, 3.03, 3.01, 3.02], [3.0, 2.9, 2.8, 2.7, 2.6]),
     "on budget late": [seen(50, sparsity=0.1)],
-    "one head left, and a few channels": [
+    "a head left, and a few channels": [
         seen(130, {"kv": [4, 1, 3, 2, 2, 4], "mlp": [40, 3, 28, 30, 4, 48]}, frozen=1.0)
     ],
 }
