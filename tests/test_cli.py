@@ -174,6 +174,7 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
 
     assert metrics["command"][:2] == ["atp", "train"]
     assert metrics["data"]["rows"] == {"train": 120, "validation": 20}
+    assert metrics["base"]["bytes"] == sum(f.stat().st_size for f in Path(recipe["model"]["name_or_path"]).iterdir())
     assert metrics["base"]["parameters"] == sum(p.numel() for p in tiny.model().parameters())
     assert [sample["prompt"] for sample in metrics["samples"]] == [tiny.row(i)["prompt"] for i in (120, 126, 133)]
 

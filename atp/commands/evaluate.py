@@ -12,11 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from atp.commands.evaluation.figures import Measured, differences, figures
 from atp.commands.evaluation.gates import Verdict, check_gates, judge, line, parse_gate
@@ -28,14 +24,13 @@ from atp.commands.evaluation.tables import (
     print_scores,
     print_verdicts,
 )
-from atp.commands.models import to_best_device
+from atp.commands.models import bytes_of, to_best_device
 from atp.commands.output import write_json
 from atp.data import Row, make_windows, read_rows
 from atp.errors import ConfigError
 from atp.evaluation import (
     Difference,
     TaskScore,
-    folder_bytes,
     model_cost,
     peak_memory_mib,
     perplexity_by_row,
@@ -44,7 +39,7 @@ from atp.evaluation import (
     score_named,
     score_task,
 )
-from atp.models import load_model, load_tokenizer, split_gguf
+from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
 
 _EPILOG = """\
@@ -152,7 +147,7 @@ def _measure(name: str, rows: Sequence[Row], tasks: Tasks, arguments: argparse.N
     measurable = reset_peak_memory()
     model = to_best_device(load_model(name, gguf_file, arguments.dtype))
     result: dict[str, Any] = {"model": name, **model_cost(model, not arguments.no_speed)}
-    result["bytes"] = _bytes(name, gguf_file)
+    result["bytes"] = bytes_of(name, gguf_file)
     by_row = None
     if windows is not None:
         found, by_row = perplexity_by_row(model, windows, arguments.batch_size)
@@ -173,18 +168,6 @@ def _scores(model: Any, tokenizer: Any, tasks: Tasks, arguments: argparse.Namesp
     if tasks.named:
         scores |= score_named(tasks.named, model, tokenizer, arguments.batch_size, arguments.task_rows)
     return scores
-
-
-def _bytes(name: str, gguf_file: str | None) -> int | None:
-    """Of the folder, the GGUF file, or what the hub's cache has of a name; None where it has nothing."""
-    folder, file = split_gguf(name, gguf_file)
-    if not Path(folder).is_dir():
-        try:
-            folder = snapshot_download(folder, local_files_only=True)
-        except (LocalEntryNotFoundError, HFValidationError):
-            return None
-    path = Path(folder) / file if file else Path(folder)
-    return folder_bytes(path) if path.is_dir() else path.stat().st_size if path.is_file() else None
 
 
 def _print(

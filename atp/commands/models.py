@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ConfigError, UnsupportedModelError, in_one_line
+from atp.evaluation import folder_bytes
 from atp.models import load_with, split_gguf
 from atp.structure.families import keep_blocks
 
@@ -66,3 +69,15 @@ def computes_in_bf16() -> bool:
 def to_best_device(model: PreTrainedModel) -> PreTrainedModel:
     """Move the model to the accelerator if there is one."""
     return model.to(best_device())
+
+
+def bytes_of(name: str, gguf_file: str | None) -> int | None:
+    """Of the folder, the GGUF file, or what the hub's cache has of a name; None where it has nothing."""
+    folder, file = split_gguf(name, gguf_file)
+    if not Path(folder).is_dir():
+        try:
+            folder = snapshot_download(folder, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+    path = Path(folder) / file if file else Path(folder)
+    return folder_bytes(path) if path.is_dir() else path.stat().st_size if path.is_file() else None

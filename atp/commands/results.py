@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.commands.datasets import RunData
-from atp.commands.models import to_best_device
+from atp.commands.models import bytes_of, to_best_device
 from atp.data import Row
 from atp.evaluation import continuation, folder_bytes, model_cost, perplexity, score_task
 from atp.models import load_model
@@ -20,10 +20,18 @@ from atp.structure.sharding import is_sharded
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "atp")
 
 
-def base_results(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
+def base_results(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData
+) -> dict[str, Any]:
     """Cost, quality and samples of the model as it was before tuning; it is moved to the best device."""
     model = to_best_device(model)
-    return model_cost(model) | quality(model, tokenizer, data) | {"samples": _written(model, tokenizer, data.samples)}
+    stored = bytes_of(recipe.model.name_or_path, recipe.model.gguf_file)
+    return {
+        **model_cost(model),
+        **({} if stored is None else {"bytes": stored}),
+        **quality(model, tokenizer, data),
+        "samples": _written(model, tokenizer, data.samples),
+    }
 
 
 def run_results(

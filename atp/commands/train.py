@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     with _first_process_first(training):
         data = load_data(recipe.data, tokenizer, progress=first)
     base = base_model(recipe)
-    measured = base_results(base, tokenizer, data) if recipe.measure_base and training.world_size == 1 else None
+    measured = base_results(recipe, base, tokenizer, data) if recipe.measure_base and training.world_size == 1 else None
     set_seed(training.seed)  # the adapter's first weights are the seed's too
     model = get_peft_model(base, lora)
     if first:

@@ -42,10 +42,11 @@ def training_section(journal: Journal) -> Section:
 
 
 def frozen_at(journal: Journal) -> int | None:
-    """The step from which the decision was fixed, as logged, else as planned."""
+    """The step from which the decision was fixed: as planned, unless the first log that says so came earlier."""
     logged = [step for step, value in journal.series("atp/frozen") if value >= 1]
     planned = finite(journal.run.get("freeze_step"))
-    return logged[0] if logged else int(planned) if planned is not None else None
+    known = [*logged[:1], *([] if planned is None else [int(planned)])]
+    return min(known, default=None)
 
 
 def _intro(journal: Journal) -> str:
