@@ -125,7 +125,7 @@ def _baseline(variants: Sequence[Variant], name: str | None) -> Variant:
 
 def _intro(base: Variant) -> str:
     return (
-        f"Differences are from {base.name}, the baseline: \u25b2 is better, \u25bc is worse. Perplexity: mean and "
+        f"Differences are from {base.name}, the baseline. Perplexity: mean and "
         "standard deviation over seeds, where there are several; latency: median over seeds."
     )
 
