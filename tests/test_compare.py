@@ -144,8 +144,10 @@ def test_one_row_a_run_then_nothing_to_do_then_only_the_cut_row_again(command, s
     assert "6 of 6" in printed
     assert max(map(len, printed[printed.index("30 % removed\n") : printed.index("written")].splitlines())) <= 100
     assert sorted(p.name for p in (out / "runs" / "atp-0.3-seed0").iterdir()) == [
+        "journal.jsonl",
         "metrics.json",
         "recipe.yaml",
+        "report.html",
         "train.log",
     ]
 
@@ -170,7 +172,7 @@ def test_a_run_in_a_process_of_its_own(command, tmp_path, monkeypatch):
     folder = tmp_path / "out" / "runs" / "atp-0.4-seed0"
     assert row["status"] == "ok"
     assert (folder / "pruned" / "config.json").is_file()
-    assert "pruned.flops_per_token" in (folder / "train.log").read_text()
+    assert "FLOPs per token" in (folder / "train.log").read_text()
 
 
 def test_a_failed_row_says_in_one_line_how_the_run_ended(tmp_path):

@@ -64,7 +64,7 @@ def test_dense_run_leaves_an_adapter_and_measures_the_tuned_model(tmp_path):
 @pytest.mark.parametrize("native", [True, False])
 def test_emulated_bf16_is_named_before_anything_is_loaded(native, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train, "computes_in_bf16", lambda: native)
-    values = MINIMAL | {"training": {"bf16": True}, "output_dir": str(tmp_path / "run")}
+    values = MINIMAL | {"model": {"name_or_path": "./none"}, "training": {"bf16": True}, "output_dir": str(tmp_path)}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     assert main(["train", str(path)]) == 2, "there is no model called m"
