@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -69,6 +70,17 @@ bad input.
 """
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """Models, what each but `baseline` `changed` from it, the gates' verdicts, and how many rows perplexity is of."""
+
+    models: Sequence[Measured]
+    baseline: str
+    changed: dict[str, dict[str, Difference]]
+    verdicts: Sequence[Verdict]
+    rows: int
+
+
 def add(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
@@ -122,9 +134,10 @@ def run(arguments: argparse.Namespace) -> int:
     changed = {model.name: differences(models[first], model) for model in others}
     judged = others if arguments.baseline is not None and others else models
     verdicts = [judge(gate, model.name, figures(model), changed.get(model.name)) for gate in gates for model in judged]
-    _print(models, models[first].name, changed, verdicts, arguments, len(rows))
+    found = _Outcome(models, models[first].name, changed, verdicts, len(rows))
+    _print(found, arguments.data)
     if arguments.json:
-        write_json(arguments.json, _results(models, models[first].name, changed, verdicts, arguments, len(rows)))
+        write_json(arguments.json, _results(found, arguments.data))
     failed = [verdict for verdict in verdicts if verdict.failed]
     for verdict in failed:
         print(f"atp: {line(verdict)}", file=sys.stderr)
@@ -170,45 +183,31 @@ def _scores(model: Any, tokenizer: Any, tasks: Tasks, arguments: argparse.Namesp
     return scores
 
 
-def _print(
-    models: Sequence[Measured],
-    baseline: str,
-    changed: dict[str, dict[str, Difference]],
-    verdicts: Sequence[Verdict],
-    arguments: argparse.Namespace,
-    rows: int,
-) -> None:
-    print_costs(models)
-    if rows:
-        print_perplexity(f"{', '.join(arguments.data)}: {rows} rows", models)
-    if models[0].scores:
-        print_scores(models)
-    if changed:
-        print_differences(baseline, changed)
-    if verdicts:
-        print_verdicts(verdicts)
+def _print(found: _Outcome, data: Sequence[str]) -> None:
+    print_costs(found.models)
+    if found.rows:
+        print_perplexity(f"{', '.join(data)}: {found.rows} rows", found.models)
+    if found.models[0].scores:
+        print_scores(found.models)
+    if found.changed:
+        print_differences(found.baseline, found.changed)
+    if found.verdicts:
+        print_verdicts(found.verdicts)
 
 
-def _results(
-    models: Sequence[Measured],
-    baseline: str,
-    changed: dict[str, dict[str, Difference]],
-    verdicts: Sequence[Verdict],
-    arguments: argparse.Namespace,
-    rows: int,
-) -> dict[str, Any]:
+def _results(found: _Outcome, data: Sequence[str]) -> dict[str, Any]:
     return {
-        "models": [model.result for model in models],
-        "data": arguments.data,
-        "rows": rows,
-        "baseline": baseline if changed else None,
+        "models": [model.result for model in found.models],
+        "data": data,
+        "rows": found.rows,
+        "baseline": found.baseline if found.changed else None,
         "differences": {
-            name: {figure: dataclasses.asdict(difference) for figure, difference in found.items()}
-            for name, found in changed.items()
+            name: {figure: dataclasses.asdict(difference) for figure, difference in figures_changed.items()}
+            for name, figures_changed in found.changed.items()
         },
-        "gates": [dataclasses.asdict(verdict) for verdict in verdicts],
-        "failed": [verdict.gate for verdict in verdicts if verdict.failed],
-        "versions": {name: found for name in ("atp", "torch", "transformers", "lm_eval") if (found := _version(name))},
+        "gates": [dataclasses.asdict(verdict) for verdict in found.verdicts],
+        "failed": [verdict.gate for verdict in found.verdicts if verdict.failed],
+        "versions": {name: known for name in ("atp", "torch", "transformers", "lm_eval") if (known := _version(name))},
     }
 
 

@@ -104,8 +104,10 @@ def off_budget(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
 
 def restless(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
     """Shortly before the freeze the decision still changes much from step to step."""
+    if not plan.is_near_freeze(seen[-1].step):
+        return None
     near = [s.figures["churn"] for s in seen if plan.is_near_freeze(s.step) and "churn" in s.figures]
-    if not near or not plan.is_near_freeze(seen[-1].step):
+    if not near:
         return None
     churn = sum(near) / len(near)
     if churn <= RESTLESS:
@@ -142,9 +144,11 @@ def emptied(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
 
 def diverging(_plan: Plan, seen: Sequence[Seen]) -> Alert | None:
     """Held-out loss rises while training loss falls."""
+    if "eval_loss" not in seen[-1].figures:
+        return None
     losses = [(s.figures.get("eval_loss"), s.step) for s in seen]
     held_out = [(value, step) for value, step in losses if value is not None and math.isfinite(value)]
-    if len(held_out) <= EVALUATIONS or seen[-1].figures.get("eval_loss") is None:
+    if len(held_out) <= EVALUATIONS:
         return None
     best, at = min(held_out)
     since = [value for value, step in held_out if step > at]

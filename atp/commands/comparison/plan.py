@@ -9,11 +9,11 @@ from typing import Any
 
 from atp.commands.datasets import load_data
 from atp.commands.models import load_shell
-from atp.commands.output import flatten
 from atp.config import ATPConfig
 from atp.errors import ConfigError
 from atp.models import load_tokenizer
 from atp.recipe import Recipe
+from atp.report.values import flat
 from atp.strategies import DENSE, strategy_config
 from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
@@ -110,7 +110,7 @@ def _untasked(recipe: Recipe) -> Recipe:
 def _in_use(recipe: Recipe) -> dict[str, Any]:
     """What `identity` says, flat, of the settings that the run looks at."""
     settings = identity(recipe) | ({"atp": recipe.atp.settings_in_use()} if recipe.atp else {})
-    return dict(flatten(settings))
+    return flat(settings)
 
 
 def check_plan(recipe: Recipe, runs: Sequence[Run]) -> None:
