@@ -45,6 +45,22 @@ def load(
     return load_exported(path, **kwargs)
 
 
+def load_dense(path: str | Path, *, base: str | None = None, gguf_file: str | None = None) -> PreTrainedModel:
+    """The dense tuned model of a run's output folder: its base as it was and its adapter, merged, nothing pruned.
+
+    Quantised base weights stay as they are, and the adapter beside them.
+
+    Raises:
+        CheckpointError, ModelError: as `load`.
+    """
+    adapter = adapter_folder(Path(path))
+    if adapter is None:
+        raise CheckpointError(f"{path}: no final/adapter_config.json: give the output folder of a finished run")
+    model = _with_adapter(adapter, base_of(adapter, base, gguf_file))
+    quantised = getattr(model.get_base_model(), "is_quantized", False)
+    return model.get_base_model() if quantised else model.merge_and_unload()
+
+
 def adapter_folder(path: Path) -> Path | None:
     """Where the adapter of a run, or of an adapter export, lies; None where there is none."""
     return next((f for f in (path / "final", path / "adapter", path) if (f / _CONFIG).is_file()), None)
@@ -76,15 +92,19 @@ def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None
 def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs: Any) -> PeftModel:
     if kwargs:
         raise ConfigError(f"{next(iter(kwargs))} is not allowed for {adapter}: a run loads as its recipe says")
+    model = _with_adapter(adapter, base, dtype)
+    if (adapter / FOLDER).is_dir():
+        restore(model, adapter)
+    return model
+
+
+def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> PeftModel:
     if not (adapter / _WEIGHTS).is_file():  # PEFT would ask the hub for them
         raise CheckpointError(f"{adapter / _WEIGHTS} is missing: train or export again")
     lm = load_model(base.name_or_path, base.gguf_file, dtype or base.dtype, base.bits)
     try:
-        model = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
+        return PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{adapter}: does not fit {base.name_or_path} or is damaged ({in_one_line(error)})"
         ) from error
-    if (adapter / FOLDER).is_dir():
-        restore(model, adapter)
-    return model

@@ -15,6 +15,7 @@ from atp import export, load
 from atp.errors import CheckpointError, ConfigError, ModelError
 from atp.export import export_adapter
 from atp.layers import attachment_of
+from atp.loading import load_dense
 from tests import families, runs, tiny
 
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -43,6 +44,18 @@ def test_a_run_loads_as_the_model_it_ended_with(finished):
         assert families.relative_error(logits(model), logits(live)) <= 1e-6
     decision = attachment_of(live).decision()
     assert all(torch.equal(mask, decision[name]) for name, mask in attachment_of(model).decision().items())
+
+
+def test_the_dense_model_of_a_run_is_its_base_and_its_adapter_with_nothing_pruned(finished):
+    folder, live, base = finished
+    dense = load_dense(folder).eval()
+    assert isinstance(dense, LlamaForCausalLM)
+    assert attachment_of(dense) is None
+    tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder / "final").eval()
+    assert families.relative_error(logits(dense), logits(tuned)) <= 1e-5
+    assert families.relative_error(logits(dense), logits(live)) > 1e-3
+    with pytest.raises(CheckpointError, match="give the output folder of a finished run"):
+        load_dense(folder / "pruned")
 
 
 def test_training_goes_on_under_the_same_decision(finished, tmp_path):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from atp.passes import removed_after
 from atp.structure.live import base_layer
 
 Batches = Iterable[Any]
@@ -162,16 +162,6 @@ def _watched_curvature(
 
     with removed_after([layer.register_forward_hook(hook(name)) for name, layer in layers.items()]):
         yield
-
-
-@contextmanager
-def removed_after(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Take hooks off at the end, however it comes."""
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def _first_that_fit(waiting: Mapping[str, nn.Module], budget_bytes: int | None) -> dict[str, Curvature]:

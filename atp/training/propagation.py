@@ -14,7 +14,7 @@ them, and what is read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from atp.criteria.statistics import Batches, removed_after
+from atp.criteria.statistics import Batches
 from atp.layers import Attachment
+from atp.passes import block_calls, first_output, forwards_replaced, inputs_of, outputs_of, removed_after
 from atp.structure.discovery import Block
 from atp.structure.sharding import gathered, is_sharded
-from atp.training.passes import EnoughError, first_output, inputs_of, outputs_of
 from atp.training.refitting import refit_readers, refit_writer
 
 ADDITIVE = 2e-2
@@ -34,8 +34,6 @@ ADDITIVE = 2e-2
 
 LEAST_GAIN = 0.1
 """Of a norm after a writer, relative to its mean gain: channels with less are asked for less than what is missing."""
-
-_PER_CALL = {"past_key_values": None, "use_cache": False}
 
 
 @dataclass(eq=False)
@@ -81,7 +79,7 @@ class _Way:
     def gives(self, written: Tensor) -> AbstractContextManager:
         """Within it the module computes nothing, and gives `written` for its writer's output."""
         output = written if self.beside is None else (written, *[None] * self.beside)
-        return _forwards_replaced([self.module], lambda _index, _own: lambda *_args, **_kwargs: output)
+        return forwards_replaced([self.module], lambda _index, _own: lambda *_args, **_kwargs: output)
 
 
 @torch.no_grad()
@@ -112,7 +110,10 @@ def follow(
     try:
         seen = tqdm(batches, desc="atp: rows to refit to", leave=False, disable=quiet)
         with attachment.opened():
-            streams, precision = _capture([lm.get_submodule(block.path) for block in blocks], forward, seen)
+            modules = [lm.get_submodule(block.path) for block in blocks]
+            sharded = any(is_sharded(p) for module in modules for p in module.parameters())
+            calls, precision = block_calls(modules, forward, seen, to_the_end=sharded)
+        streams = [Stream(each.hidden, each.hidden, each.of_block) for each in calls]
         for stream in streams:
             stream.pruned = attachment.along_stream(stream.dense)
         if compact:
@@ -221,62 +222,3 @@ def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Strea
 def _is_rms_norm(module: nn.Module, hidden: int) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.shape == (hidden,) and getattr(module, "bias", None) is None
-
-
-def _capture(
-    blocks: list[nn.Module], forward: Callable[[Any], object], batches: Batches
-) -> tuple[list[Stream], Callable[[], AbstractContextManager]]:
-    """What every block is called with, and the precision (autocast) it is called in.
-
-    Only on the first batch do blocks compute; after it they pass on what they are given, in the form they have shown.
-    """
-    streams: list[Stream] = []
-    sharded = any(is_sharded(p) for block in blocks for p in block.parameters())  # the engine must see a pass end
-    in_tuple: dict[int, bool] = {}
-    precision: Callable[[], AbstractContextManager] = nullcontext
-
-    def recording(index: int, own: Callable) -> Callable:
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            nonlocal precision
-            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-            if index == 0:
-                streams.append(Stream(hidden, hidden, []))
-                precision = _autocast_as_now(hidden.device.type)
-            streams[-1].calls.append((args, {k: _PER_CALL.get(k, v) for k, v in kwargs.items()}))
-            if index == len(blocks) - 1 and not sharded:
-                raise EnoughError
-            if index in in_tuple:
-                return (hidden,) if in_tuple[index] else hidden
-            output = own(hidden, *args, **kwargs)
-            in_tuple[index] = isinstance(output, tuple)
-            return output
-
-        return instead
-
-    with _forwards_replaced(blocks, recording):
-        for batch in batches:
-            with suppress(EnoughError):
-                forward(batch)
-    return streams, precision
-
-
-@contextmanager
-def _forwards_replaced(modules: list[nn.Module], by: Callable[[int, Callable], Callable]) -> Iterator[None]:
-    """`by(index, forward)` in place of each module's `forward`."""
-    own = [vars(module).get("forward") for module in modules]
-    try:
-        for index, module in enumerate(modules):
-            module.forward = by(index, module.forward)
-        yield
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward
-
-
-def _autocast_as_now(device: str) -> Callable[[], AbstractContextManager]:
-    enabled = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype) if enabled else nullcontext()

@@ -21,13 +21,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from atp.criteria.statistics import removed_after
 from atp.criteria.surgeon import typical
 from atp.layers import Attachment, base_changed
+from atp.passes import inputs_of, removed_after
 from atp.structure.discovery import MLP
 from atp.structure.live import adapter_delta, base_layer
 from atp.structure.space import Axis
-from atp.training.passes import inputs_of
 
 PRIOR = 0.3
 """Pull of a writer towards what it was, relative to what a typical input holds. SmolLM2-135M, 40 % of width, 64 rows

@@ -1,0 +1,137 @@
+"""Passes that go no further than they must: a module run until a layer in it has been seen, blocks one after another."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_PER_CALL = {"past_key_values": None, "use_cache": False}
+
+Precision = Callable[[], AbstractContextManager]
+"""The autocast that a pass ran in."""
+
+
+class EnoughError(Exception):
+    """Ends a forward pass that has been seen as far as it is needed."""
+
+
+def first_output(
+    module: nn.Module, hidden: Tensor, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> Tensor:
+    """What a module gives, or the first of what it gives."""
+    output = module(hidden, *args, **(kwargs or {}))
+    return output[0] if isinstance(output, tuple) else output
+
+
+def inputs_of(
+    layer: nn.Module,
+    module: nn.Module,
+    hidden: Tensor,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """What `layer` reads while `module` runs on `hidden`; the module runs no further."""
+    found: list[Tensor] = []
+
+    def hook(_layer: nn.Module, args: tuple) -> None:
+        found.append(args[0])
+        raise EnoughError
+
+    with removed_after([layer.register_forward_pre_hook(hook)]), suppress(EnoughError):
+        first_output(module, hidden, args, kwargs)
+    return found[0]
+
+
+@contextmanager
+def outputs_of(layer: nn.Module) -> Iterator[list[Any]]:
+    """What `layer` gives within it, a call each."""
+    found: list[Any] = []
+    with removed_after([layer.register_forward_hook(lambda _layer, _args, output: found.append(output))]):
+        yield found
+
+
+@dataclass(frozen=True, eq=False)
+class Calls:
+    """What the blocks of a model are called with on one batch.
+
+    `hidden`: before the first block, `(rows, tokens, hidden)`. `of_block`: the other arguments, a block each.
+    """
+
+    hidden: Tensor
+    of_block: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def block_calls(
+    blocks: Sequence[nn.Module], forward: Callable[[Any], object], batches: Iterable[Any], to_the_end: bool = False
+) -> tuple[list[Calls], Precision]:
+    """What every block is called with, a batch each, and the precision (autocast) it is called in.
+
+    Only on the first batch do blocks compute; after it they pass on what they are given, in the form they have shown.
+
+    Args:
+        forward: runs the model on one batch.
+        to_the_end: let passes end as they do by themselves, as engines that keep weights in parts must see.
+    """
+    found: list[Calls] = []
+    in_tuple: dict[int, bool] = {}
+    precision: Precision = nullcontext
+
+    def recording(index: int, own: Callable) -> Callable:
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            nonlocal precision
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+            if index == 0:
+                found.append(Calls(hidden, []))
+                precision = _autocast_as_now(hidden.device.type)
+            found[-1].of_block.append((args, {k: _PER_CALL.get(k, v) for k, v in kwargs.items()}))
+            if index == len(blocks) - 1 and not to_the_end:
+                raise EnoughError
+            if index in in_tuple:
+                return (hidden,) if in_tuple[index] else hidden
+            output = own(hidden, *args, **kwargs)
+            in_tuple[index] = isinstance(output, tuple)
+            return output
+
+        return instead
+
+    with forwards_replaced(blocks, recording):
+        for batch in batches:
+            with suppress(EnoughError):
+                forward(batch)
+    return found, precision
+
+
+@contextmanager
+def forwards_replaced(modules: Sequence[nn.Module], by: Callable[[int, Callable], Callable]) -> Iterator[None]:
+    """`by(index, forward)` in place of each module's `forward`."""
+    own = [vars(module).get("forward") for module in modules]
+    try:
+        for index, module in enumerate(modules):
+            module.forward = by(index, module.forward)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+def _autocast_as_now(device: str) -> Precision:
+    enabled = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype) if enabled else nullcontext()
+
+
+@contextmanager
+def removed_after(hooks: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Take hooks off at the end, however it comes."""
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
