@@ -1,4 +1,4 @@
-"""Passes that go no further than they must: a module run until a layer in it has been seen, blocks one after another."""
+"""Passes that go no further than they must: a module until a layer in it has been seen, blocks one after another."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
