@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from atp.criteria.ridge import Ridge
 from atp.criteria.surgeon import typical
 from atp.layers import Attachment, base_changed
 from atp.passes import inputs_of, removed_after
@@ -200,20 +201,10 @@ def _size(missing: Iterable[Tensor]) -> float:
 
 def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wanted: Wanted) -> Tensor:
     """What least squares add to kept columns, `(out_features, kept)`."""
-    bias = base_layer(writer).bias
-    start = _effective(writer)[:, kept]
-    gram = start.new_zeros(len(kept), len(kept))
-    missing = start.new_zeros(len(kept), len(start))
+    ridge = Ridge(_effective(writer)[:, kept], base_layer(writer).bias)
     for x, (target, weight) in zip(inputs, wanted, strict=True):
-        x = _of_kept(x, kept).flatten(0, -2).float()
-        with _in_float32(x):
-            off = target.flatten(0, -2).float() - x @ start.T - (0.0 if bias is None else bias.float())
-            if weight is not None:
-                x, off = x * weight.flatten(0, -2), off * weight.flatten(0, -2)
-            gram.addmm_(x.T, x)
-            missing.addmm_(x.T, off)
-    gram.diagonal().add_(PRIOR * typical(gram))
-    return torch.linalg.solve(gram, missing).T
+        ridge.add(_of_kept(x, kept), target, weight)
+    return ridge.change(PRIOR)[0]
 
 
 def _batches(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> Iterator[_Batch]:

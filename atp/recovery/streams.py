@@ -1,0 +1,83 @@
+"""Streams: hidden states of many windows before one block, a batch at a time; large ones lie on the disk."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atp.recovery.pairs import Half
+
+IN_MEMORY = 1 << 29
+"""Bytes of a stream that is held in memory; larger ones lie on the disk."""
+
+
+class Stream:
+    """Hidden states by batch, `(rows, tokens, hidden)`, on the CPU.
+
+    Args:
+        nbytes: of all batches.
+        folder: for temporary files.
+    """
+
+    def __init__(self, nbytes: int, folder: Path) -> None:
+        self._on_disk = nbytes > IN_MEMORY
+        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".stream.") if self._on_disk else None
+        self._batches: list[Tensor] = []
+
+    @classmethod
+    def opening(cls, half: Half, batches: list[Tensor], folder: Path) -> "Stream":
+        """What a model's first block is given, for batches of ids, `(rows, tokens)`."""
+        tokens = sum(ids.numel() for ids in batches)
+        weight = half.lm.get_input_embeddings().weight
+        stream = cls(tokens * weight.shape[1] * weight.element_size(), folder)
+        for ids in batches:
+            stream.append(half.opening(ids))
+        return stream
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Tensor:
+        batch = self._batches[index]
+        if self._folder is None:
+            return batch
+        loaded = np.fromfile(self._file(index), dtype=np.uint8)
+        return torch.from_numpy(loaded).view(batch.dtype).view(batch.shape)
+
+    def __setitem__(self, index: int, batch: Tensor) -> None:
+        batch = batch.detach().cpu().contiguous()
+        if self._folder is not None:
+            batch.view(torch.uint8).numpy().tofile(self._file(index))
+            batch = batch.to("meta")
+        self._batches[index] = batch
+
+    def append(self, batch: Tensor) -> None:
+        """One more batch."""
+        self._batches.append(batch)
+        self[len(self) - 1] = batch
+
+    def copy(self, folder: Path) -> "Stream":
+        """The same, to go another way."""
+        return self.mapped(lambda batch: batch.clone(), folder)
+
+    def mapped(self, by: Callable[[Tensor], Tensor], folder: Path) -> "Stream":
+        """A new stream of what `by` gives for each batch."""
+        new = Stream(sum(batch.numel() * batch.element_size() for batch in self._batches), folder)
+        for batch in self:
+            new.append(by(batch))
+        return new
+
+    def pass_on(self, by: Callable[[Tensor], Tensor]) -> None:
+        """What `by` gives for each batch takes its place."""
+        for index in range(len(self)):
+            self[index] = by(self[index])
+
+    def _file(self, index: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / str(index)
