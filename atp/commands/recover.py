@@ -1,0 +1,242 @@
+"""`atp recover RUN`: the blocks of a run's pruned model are fitted to the dense tuned model's, where that helps.
+
+What comes out is a folder like `pruned/`, with `recovery.json` beside the weights. An interrupted recovery goes on,
+with `--resume`, after the last block it finished.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from atp.commands.about import about_run, rewrite_card
+from atp.commands.evaluation.sources import Tasks, find_tasks
+from atp.commands.models import best_device, to_best_device
+from atp.commands.output import print_table, write_json
+from atp.commands.recovery.texts import Size, as_windows, read_texts
+from atp.commands.recovery.work import begin, work_folder
+from atp.errors import CheckpointError, ConfigError, UnsupportedModelError
+from atp.evaluation import TaskScore, peak_memory_mib, reset_peak_memory, score_named, score_task
+from atp.export import load as load_exported
+from atp.export.card import Result
+from atp.export.reweighting import write_reweighted
+from atp.files import written_beside
+from atp.loading import adapter_folder, base_of, load_dense
+from atp.models import load_model, load_tokenizer
+from atp.recipe import DTYPES, ModelSettings, Recipe
+from atp.recovery import METHODS, Outcome, RecoverySettings, recover
+from atp.recovery.recover import CALIBRATION, HELD_OUT, OTHER
+from atp.recovery.settings import TRAINS
+
+RECOVERY = "recovery.json"
+_VERSIONS = ("atp", "torch", "transformers", "peft")
+_EPILOG = """\
+methods:
+  lr        every writer (o_proj, down_proj) by ridge regression; minutes
+  br        each block trained to give what the teacher's block gives
+  br+gp     each block trained to give what the teacher's stream has there
+  +cr       two blocks at a time, each trained twice
+
+What is fitted to is --data (default: the recipe's training text); what decides
+whether a block, and in the end the model, is kept is --held-out (default: the
+recipe's validation text). They must not share a row.
+"""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run's folder, checked: what it tuned, what is to be recovered, and where to."""
+
+    run: Path
+    base: ModelSettings
+    pruned: Path
+    out: Path
+    recipe: Recipe | None
+
+
+def add(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "recover",
+        help="fit a pruned model's blocks to the dense tuned model's, where that helps",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = RecoverySettings()
+    parser.add_argument("run_dir", metavar="RUN", help="output folder of a finished run")
+    parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/recovered)")
+    parser.add_argument("--method", choices=METHODS, default=defaults.method, help="see below (default %(default)s)")
+    parser.add_argument("--pruned", metavar="DIR", help="exported folder to recover (default: RUN/pruned)")
+    parser.add_argument(
+        "--teacher", metavar="MODEL", help="another run's folder, or a model (default: RUN's own base and adapter)"
+    )
+    data = parser.add_argument_group("text")
+    data.add_argument("--data", metavar="FILE", action="append", default=[], help="JSONL file to fit to")
+    data.add_argument("--held-out", metavar="FILE", action="append", default=[], help="JSONL file that decides")
+    data.add_argument("--other", metavar="FILE", action="append", default=[], help="text of another domain, looked at")
+    data.add_argument("--windows", type=int, default=256, help="windows to fit to (default %(default)s)")
+    data.add_argument("--length", type=int, default=1024, help="tokens a window (default %(default)s)")
+    data.add_argument("--held-out-windows", type=int, default=64, help="and of other text (default %(default)s)")
+    data.add_argument("--tasks", metavar="TASK", action="append", default=[], help="scored before and after: atp eval")
+    data.add_argument("--task-rows", type=int, metavar="N", help="score N rows of each task, evenly spread")
+    fit = parser.add_argument_group("fit")
+    fit.add_argument("--train", choices=TRAINS, default=defaults.train, help="of a block (default %(default)s)")
+    fit.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default %(default)s)")
+    fit.add_argument("--epochs", type=int, default=defaults.epochs, help="(default %(default)s)")
+    fit.add_argument("--batch-size", type=int, default=defaults.batch_size, help="windows (default %(default)s)")
+    fit.add_argument("--lora-r", type=int, default=defaults.lora_r, help="for --train lora (default %(default)s)")
+    fit.add_argument("--ridge", type=float, default=defaults.ridge, help="for lr (default %(default)s)")
+    fit.add_argument(
+        "--keep-best",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.keep_best,
+        help="go back where held-out text is no better (default: yes)",
+    )
+    fit.add_argument("--seed", type=int, default=defaults.seed, help="(default %(default)s)")
+    parser.add_argument("--base", help="base model, where the run does not say or it has moved")
+    parser.add_argument("--gguf-file", help="GGUF file inside the base model's folder or repository")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the models at work (default: as they are)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on where an earlier call was interrupted")
+    again.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Recover, write the folder, and say what became of it."""
+    start = time.perf_counter()
+    settings = RecoverySettings(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(RecoverySettings)}
+    )
+    job = _job(arguments)
+    tasks = find_tasks(arguments.tasks, arguments.task_rows)
+    tokenizer = load_tokenizer(job.base.name_or_path, job.base.gguf_file)
+    size = Size(arguments.length, arguments.windows, arguments.held_out_windows)
+    files = {CALIBRATION: arguments.data, HELD_OUT: arguments.held_out, OTHER: arguments.other}
+    texts = read_texts(files, job.recipe.data if job.recipe else None, tasks.local, tokenizer, size)
+    about = {
+        "method": settings.method,
+        "settings": settings.in_use(),
+        "teacher": arguments.teacher or str(job.run),
+        "student": str(job.pruned),
+        "data": {name: texts[name].about() if name in texts else None for name in (CALIBRATION, HELD_OUT, OTHER)},
+    }
+    work = work_folder(job.out)
+    begin(work, about, arguments.resume, arguments.overwrite)
+    measurable = reset_peak_memory()
+    teacher, student = _models(arguments, job)
+    scores = _scores(student, tokenizer, tasks)
+    outcome = recover(teacher, student, as_windows(texts), settings, work, best_device())
+    after = _scores(student, tokenizer, tasks) if outcome.kept else scores
+    results = {
+        **about,
+        **outcome.to_dict(),
+        **({"tasks": {"before": scores, "after": after}} if scores else {}),
+        "versions": {name: version(name) for name in _VERSIONS},
+        "seconds": time.perf_counter() - start,
+        "peak_memory_mib": peak_memory_mib() if measurable else None,
+    }
+    _write(job, student, results, settings)
+    shutil.rmtree(work, ignore_errors=True)
+    _print(job, results, outcome)
+    if arguments.json:
+        write_json(arguments.json, results)
+
+
+def _job(arguments: argparse.Namespace) -> _Job:
+    folder = Path(arguments.run_dir)
+    adapter = adapter_folder(folder)
+    if adapter is None:
+        raise CheckpointError(f"{folder}: no final/adapter_config.json: give the output folder of a finished run")
+    pruned = Path(arguments.pruned or folder / "pruned")
+    if not (pruned / "config.json").is_file():
+        raise CheckpointError(
+            f"{pruned}: no exported model here: give --pruned, or write one with: atp export {folder} {pruned}"
+        )
+    out = Path(arguments.out or folder / "recovered")
+    if out.exists() and not arguments.overwrite:
+        raise CheckpointError(f"{out} exists: give --overwrite, or another --out")
+    if pruned.resolve() == out.resolve():
+        raise ConfigError(f"--out {out} is the model that is to be recovered: give another folder")
+    if arguments.task_rows is not None and arguments.task_rows < 1:
+        raise ConfigError("--task-rows must be an integer >= 1")
+    recipe = folder / "recipe.yaml"
+    base = base_of(adapter, arguments.base, arguments.gguf_file)
+    return _Job(folder, base, pruned, out, Recipe.from_yaml(recipe) if recipe.is_file() else None)
+
+
+def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, PreTrainedModel]:
+    if arguments.teacher is None:
+        teacher = load_dense(job.run, base=arguments.base, gguf_file=arguments.gguf_file)
+    elif adapter_folder(Path(arguments.teacher)) is not None:
+        teacher = load_dense(arguments.teacher)
+    else:
+        teacher = load_model(arguments.teacher)
+    student = load_exported(job.pruned)
+    if getattr(teacher, "is_quantized", False):
+        raise UnsupportedModelError(
+            "the teacher's weights are quantised, and recovery computes with plain ones: give --teacher, the same "
+            "model unquantised"
+        )
+    if arguments.dtype not in (None, "auto"):
+        dtype = getattr(torch, arguments.dtype)
+        teacher, student = teacher.to(dtype), student.to(dtype)
+    return teacher, student
+
+
+def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks) -> dict[str, Any]:
+    if not (tasks.local or tasks.named):
+        return {}
+    model = to_best_device(model)
+    found: dict[str, TaskScore] = {name: score_task(name, rows, model, tokenizer) for name, rows in tasks.local.items()}
+    if tasks.named:
+        found |= score_named(tasks.named, model, tokenizer)
+    model.to("cpu")
+    return {name: dataclasses.asdict(score) for name, score in found.items()}
+
+
+def _write(job: _Job, student: PreTrainedModel, results: Mapping[str, Any], settings: RecoverySettings) -> None:
+    """The folder, whole or not at all."""
+    overall = results["overall"]
+    now = overall["after" if overall["kept"] else "before"][HELD_OUT]
+    held_out = results["data"][HELD_OUT]
+    with written_beside(job.out) as fresh:
+        write_reweighted(job.pruned, student, fresh)
+        write_json(fresh / RECOVERY, results)
+        about = about_run(job.run, job.base)
+        names = ", ".join(Path(name).name for name in held_out["sources"])
+        note = f"{held_out['tokens']:,} tokens, by which recovery was kept or not"
+        result = Result(names, "perplexity", now["perplexity"], note)
+        made = dict(about.settings) | ({"recovery": settings.in_use()} if overall["kept"] else {})
+        rewrite_card(fresh, dataclasses.replace(about, settings=made, results=(result,)))
+
+
+def _print(job: _Job, results: Mapping[str, Any], outcome: Outcome) -> None:
+    rows: list[list[object]] = []
+    for name, before in outcome.before.items():
+        after = outcome.after[name]
+        for figure in ("perplexity", "nll", "kl"):
+            rows.append([f"{name.replace('_', '-')} {figure}", getattr(before, figure), getattr(after, figure)])
+    last = outcome.blocks[-1]
+    for name, error in last.before.items():
+        rows.append([f"{name.replace('_', '-')} error after the last block", error.relative, last.after[name].relative])
+    for task, score in results.get("tasks", {}).get("before", {}).items():
+        rows.append([f"{task} {score['metric']}", score["value"], results["tasks"]["after"][task]["value"]])
+    print_table(f"{results['method']}: {job.out}", ("", "before", "after"), rows)
+    kept = sum(block.kept for block in outcome.blocks)
+    if outcome.kept:
+        print(f"kept: {kept} of {len(outcome.blocks)} blocks were changed; the others were no better on held-out text")
+    else:
+        print(
+            "rolled back: held-out perplexity has not become better, so the model in this folder is the one that was "
+            f"there before ({kept} of {len(outcome.blocks)} blocks had come nearer to the teacher's)"
+        )
