@@ -103,7 +103,7 @@ def add(commands: Any) -> None:
     fit.add_argument("--seed", type=int, default=defaults.seed, help="(default %(default)s)")
     parser.add_argument("--base", help="base model, where the run does not say or it has moved")
     parser.add_argument("--gguf-file", help="GGUF file inside the base model's folder or repository")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the models at work (default: as they are)")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="of the models at work (default: as they are)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on where an earlier call was interrupted")
     again.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -187,7 +187,7 @@ def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, 
             "the teacher's weights are quantised, and recovery computes with plain ones: give --teacher, the same "
             "model unquantised"
         )
-    if arguments.dtype not in (None, "auto"):
+    if arguments.dtype is not None:
         dtype = getattr(torch, arguments.dtype)
         teacher, student = teacher.to(dtype), student.to(dtype)
     return teacher, student

@@ -84,12 +84,12 @@ def pair(teacher: nn.Module, student: PreTrainedModel, batches: Sequence[Tensor]
     """
     lm = causal_lm(teacher)
     blocks = discover(lm).blocks
-    for what in ("hidden_size", "num_hidden_layers"):
+    for what in ("hidden_size", "num_hidden_layers", "vocab_size"):
         theirs, ours = getattr(lm.config, what), getattr(student.config, what)
         if theirs != ours:
             raise UnsupportedModelError(
-                f"the teacher's {what} is {theirs} and the pruned model's {ours}, so their blocks cannot be compared: "
-                "recovery is for pruning that leaves both alone (not space 'hidden', nor whole blocks with uniform)"
+                f"the teacher's {what} is {theirs} and the pruned model's {ours}, so their streams cannot be compared: "
+                "recovery is for pruning that leaves these alone (not space 'hidden', nor whole blocks with uniform)"
             )
     return Pair(_half(lm, blocks, batches), _half(student, blocks, batches), blocks, device)
 
