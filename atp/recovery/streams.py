@@ -13,6 +13,9 @@ from atp.recovery.pairs import Half
 IN_MEMORY = 1 << 29
 """Bytes of a stream that is held in memory; larger ones lie on the disk."""
 
+STREAMS = ".stream."
+"""How the folders of those begin."""
+
 
 class Stream:
     """Hidden states by batch, `(rows, tokens, hidden)`, on the CPU.
@@ -24,7 +27,7 @@ class Stream:
 
     def __init__(self, nbytes: int, folder: Path) -> None:
         self._on_disk = nbytes > IN_MEMORY
-        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=".stream.") if self._on_disk else None
+        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=STREAMS) if self._on_disk else None
         self._batches: list[Tensor] = []
 
     @classmethod

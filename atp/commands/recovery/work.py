@@ -8,6 +8,7 @@ from typing import Any
 
 from atp.commands.output import write_json
 from atp.errors import CheckpointError
+from atp.recovery.streams import STREAMS
 
 _SETTINGS = "settings.json"
 
@@ -39,6 +40,8 @@ def begin(work: Path, about: Mapping[str, Any], resume: bool, overwrite: bool) -
             raise CheckpointError(
                 f"{work} was left with another {', '.join(changed)}: use the same, or --overwrite to start again"
             )
+        for stream in work.glob(f"{STREAMS}*"):  # of a process that was killed
+            shutil.rmtree(stream, ignore_errors=True)
         return
     shutil.rmtree(work, ignore_errors=True)
     try:

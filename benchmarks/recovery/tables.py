@@ -1,0 +1,147 @@
+"""Tables and plots of `recovery/README.md`: what each method makes of a pruned model, and of how much text, by whom."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_TRIED = ("calibration", "held_out")
+
+Row = dict[str, Any]
+
+
+def part(draw: bool) -> str:
+    """Both tables; `draw`: write the plots, too."""
+    methods, curve = read("methods.jsonl"), read("curve.jsonl")
+    if draw:
+        (HERE / "blocks.png").write_bytes(blocks_plot(methods))
+        (HERE / "curve.png").write_bytes(curve_plot(curve))
+    return "\n".join([*by_method(methods), "", *by_size(curve), "", made_with(methods)])
+
+
+def read(name: str) -> list[Row]:
+    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+
+
+def by_method(rows: list[Row]) -> list[str]:
+    """A line a run of the study; perplexities."""
+    lines = [
+        "| text, removed | method | keeps the best | calibration error | held-out error | test | other domain | kept "
+        "| seconds |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        where = f"{row['domain']}, {row['sparsity']:.0%}".replace("%", " %")
+        errors = [_change(*(_last(row, when, text) for when in ("before", "after")), ".4f") for text in _TRIED]
+        qualities = [
+            _change(*(math.exp(row[when][text]) for when in ("before", "after")), ".2f") for text in ("test", "other")
+        ]
+        kept = "" if "blocks" not in row else _kept(row)
+        name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
+        best = "" if row["method"] == "lora" else "yes" if row["keep_best"] else "no"
+        lines.append(
+            f"| {where} | {name} | {best} | {' | '.join(errors)} | {' | '.join(qualities)} | {kept} "
+            f"| {row['seconds']:,.0f} |"
+        )
+    return lines
+
+
+def _last(row: Row, when: str, text: str) -> float | None:
+    """Relative error of the stream after the last block."""
+    return row["blocks"][-1][when][text]["relative"] if "blocks" in row else None
+
+
+def _change(before: float | None, after: float | None, form: str) -> str:
+    return "" if before is None or after is None else f"{before:{form}} → {after:{form}}"
+
+
+def _kept(row: Row) -> str:
+    if not row["overall"]["kept"]:
+        return "rolled back"
+    return f"{sum(block['kept'] for block in row['blocks'])} of {len(row['blocks'])}"
+
+
+def by_size(rows: list[Row]) -> list[str]:
+    """Means and standard deviations over seeds of what recovery adds to the test text's nats a token."""
+    shares = sorted({row["share"] for row in rows})
+    head = " | ".join(f"{share:.0%} self-generated".replace("%", " %") for share in shares)
+    lines = [f"| windows | {head} |", f"| ---: |{' ---: |' * len(shares)}"]
+    for windows in sorted({row["windows"] for row in rows}):
+        cells = [_spread(_gains(rows, windows, share)) for share in shares]
+        lines.append(f"| {windows} | {' | '.join(cells)} |")
+    return lines
+
+
+def _gains(rows: list[Row], windows: int, share: float) -> list[float]:
+    chosen = [row for row in rows if (row["windows"], row["share"]) == (windows, share)]
+    return [row["after"]["test"] - row["before"]["test"] for row in chosen]
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{mean(values):+.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def made_with(rows: Iterable[Row]) -> str:
+    versions = {f"{name} {version}" for row in rows for name, version in row["versions"].items()}
+    return f"On CPUs; {', '.join(sorted(versions))}.\n"
+
+
+def blocks_plot(rows: list[Row]) -> bytes:
+    """Relative error of the stream after each block, before and after, on calibration (dashed) and held-out text."""
+    settings = dict.fromkeys((row["domain"], row["sparsity"]) for row in rows if "blocks" in row)
+    figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained")
+    for axes, (domain, sparsity) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+        chosen = [row for row in rows if "blocks" in row and (row["domain"], row["sparsity"]) == (domain, sparsity)]
+        chosen = [row for row in chosen if not row["keep_best"]] or chosen
+        _errors(axes, chosen[0], "before", "none", "#555555")
+        for color, row in zip(_COLORS, chosen, strict=False):
+            _errors(axes, row, "after", row["method"], color)
+        axes.set_title(f"{domain}, {sparsity:.0%} removed")
+        axes.set_xlabel("block")
+        axes.set_ylabel("relative error (dashed: calibration)")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _errors(axes: Any, row: Row, when: str, name: str, color: str) -> None:
+    for text, style in (("held_out", "-"), ("calibration", "--")):
+        errors = [block[when][text]["relative"] for block in row["blocks"]]
+        axes.plot(range(len(errors)), errors, style, color=color, label=name if style == "-" else None)
+
+
+def curve_plot(rows: list[Row]) -> bytes:
+    """Nats a token added on test text, by windows, a line for each share that the model wrote itself."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    sizes = sorted({row["windows"] for row in rows})
+    for color, share in zip(_COLORS, sorted({row["share"] for row in rows}), strict=False):
+        found = [(size, gains) for size in sizes if (gains := _gains(rows, size, share))]
+        spreads = [stdev(gains) if len(gains) > 1 else 0.0 for _, gains in found]
+        places, means = [size for size, _ in found], [mean(gains) for _, gains in found]
+        axes.errorbar(places, means, spreads, marker="o", capsize=3, color=color, label=f"{share:.0%} self-generated")
+    axes.axhline(0.0, color="#555555", linestyle="--", linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("calibration windows of 256 tokens")
+    axes.set_ylabel("nats a token added on test text")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    file = HERE / ".plot.png"
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+    content = file.read_bytes()
+    file.unlink()
+    return content
