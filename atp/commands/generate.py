@@ -6,14 +6,16 @@ Beside OUT.jsonl, OUT.meta.json says how it was made. The same command gives the
 import argparse
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from atp.commands.models import to_best_device
+from atp.commands.models import computes_in_bf16, to_best_device
 from atp.commands.output import print_table, write_json
 from atp.commands.versions import versions_of
 from atp.data import Row, fingerprint, read_rows
@@ -23,6 +25,8 @@ from atp.loading import adapter_folder, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
 from atp.recovery import Mix, Mixed, WritingSettings, language_test, mixed_rows
+
+logger = logging.getLogger(__name__)
 
 _EPILOG = """\
 A text begins with a random token of the vocabulary, goes on with a few greedy
@@ -68,7 +72,7 @@ def add(commands: Any) -> None:
     writing.add_argument(
         "--language",
         metavar="CODE,...",
-        help="keep texts in these, e.g. en,de; none keeps all (default en, which needs atp[language]; with --prompts none)",
+        help="keep texts in these, e.g. en,de, or none (default en, which needs atp[language]; with --prompts none)",
     )
     writing.add_argument(
         "--max-attempts", type=int, metavar="N", help="texts written before it gives up (default: 10 for each row)"
@@ -123,13 +127,15 @@ def _mix(arguments: argparse.Namespace) -> Mix:
     share = arguments.share if arguments.share is not None else 0.5 if arguments.real else 1.0
     if share != 1 and not arguments.real:
         raise ConfigError(f"--share {share} leaves rows that are not written: give --real FILE.jsonl to draw them from")
-    return Mix(
+    mix = Mix(
         arguments.rows,
         share,
         read_rows(arguments.prompts) if arguments.prompts else None,
         read_rows(arguments.real) if arguments.real else (),
         read_rows(arguments.disjoint_from) if arguments.disjoint_from else (),
     )
+    _ = mix.usable  # where sources are too small, that is said before a model is loaded
+    return mix
 
 
 def _settings(arguments: argparse.Namespace, mix: Mix) -> WritingSettings:
@@ -156,13 +162,20 @@ def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         raise ConfigError(f"--base is for runs, and {name} is no run's folder: leave it out")
     if adapter is None:
         tokenizer = load_tokenizer(name, gguf_file)
-        return to_best_device(load_model(name, gguf_file, arguments.dtype)), tokenizer
-    if arguments.dtype != "auto":
-        raise ConfigError(f"--dtype is not for runs: {name} loads as its recipe says: leave it out")
-    base = base_of(adapter, arguments.base, gguf_file)
-    tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
-    model = load_dense(name, base=arguments.base, gguf_file=gguf_file)
-    return model if base.bits else to_best_device(model), tokenizer
+        model = to_best_device(load_model(name, gguf_file, arguments.dtype))
+    else:
+        base = base_of(adapter, arguments.base, gguf_file)
+        tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
+        model = load_dense(name, base=arguments.base, gguf_file=gguf_file)
+        model = model if base.bits else _in_dtype(to_best_device(model), arguments.dtype)
+    if model.dtype == torch.bfloat16 and not computes_in_bf16():
+        logger.warning("atp: this CPU has no bfloat16 arithmetic: --dtype float32 is several times faster here")
+    return model, tokenizer
+
+
+def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """Cast once merged: its recipe's dtype is what the adapter was tuned on."""
+    return model if dtype == "auto" else model.to(getattr(torch, dtype))
 
 
 def _about(arguments: argparse.Namespace, mix: Mix, settings: WritingSettings, mixed: Mixed) -> dict[str, Any]:

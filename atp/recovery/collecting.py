@@ -83,7 +83,7 @@ def starts_for(
     first = next(starts, None)
     if first is None:
         raise CalibrationError(
-            f"none of {len(prompts)} prompts can be used: they are empty, held out, or leave no room for {tokens} "
+            f"none of {len(prompts)} prompts can be used: they are empty, or leave no room for {tokens} "
             f"tokens in the model's context of {context}: give others or ask for fewer tokens"
         )
     return chain([first], starts)

@@ -4,6 +4,7 @@ Source: "Rethinking Pruning Large Language Models: Benefits and Pitfalls of Reco
 al., EMNLP 2024): reconstruction on few real texts overfits them, and texts that the model writes itself help.
 """
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,6 +48,36 @@ class Mix:
         """How many rows the model is to write."""
         return round(self.rows * self.share)
 
+    @functools.cached_property
+    def usable(self) -> "Usable":
+        """What is left of the sources without rows that are held out, or came before.
+
+        Raises:
+            CalibrationError: where that is too little.
+        """
+        held_out = HeldOut(self.held_out)
+        real, dropped = fit_to_mix(self.real, held_out)
+        asked = self.rows - self.written
+        if len(real) < asked:
+            raise CalibrationError(
+                f"{asked} real rows are asked for, and there are {len(real)}{counted(dropped)}: ask for fewer rows or "
+                "a larger share of written ones"
+            )
+        prompts = None if self.prompts is None else [row for row in self.prompts if not held_out.has_prompt_of(row)]
+        if prompts == []:
+            raise CalibrationError(f"all of {len(self.prompts or ())} prompts are held out: give others")
+        return Usable(held_out, real, dropped, prompts)
+
+
+@dataclass(frozen=True)
+class Usable:
+    """Sources of a mix, what was dropped of its real rows, and what its rows must be disjoint of."""
+
+    held_out: HeldOut
+    real: Sequence[Row]
+    real_dropped: dict[str, int]
+    prompts: Sequence[Row] | None
+
 
 @dataclass(frozen=True)
 class Mixed:
@@ -78,21 +109,13 @@ def mixed_rows(
         ConfigError: where the texts do not fit the model's context, or their language cannot be told.
     """
     draw = random.Random(settings.seed)
-    held_out = HeldOut(mix.held_out)
-    real, real_dropped = fit_to_mix(mix.real, held_out)
-    asked_real = mix.rows - mix.written
-    if len(real) < asked_real:
-        raise CalibrationError(
-            f"{asked_real} real rows are asked for, and there are {len(real)}{counted(real_dropped)}: ask for fewer "
-            "rows or a larger share of written ones"
-        )
-    prompts = None if mix.prompts is None else [row for row in mix.prompts if not held_out.has_prompt_of(row)]
+    usable, asked_real = mix.usable, mix.rows - mix.written
     written = Collected((), 0, dict.fromkeys(REASONS, 0))
     if mix.written:
-        starts = starts_for(model, tokenizer, prompts, settings.tokens, draw)
-        filters = Filters(settings, [*(mix.prompts or ()), *mix.real], held_out)
+        starts = starts_for(model, tokenizer, usable.prompts, settings.tokens, draw)
+        filters = Filters(settings, [*(mix.prompts or ()), *mix.real], usable.held_out)
         written = collect(mix.written, starts, Writer(model, tokenizer, settings), filters, settings, progress)
         asked_real = round(asked_real * len(written.rows) / mix.written)
-    rows = [(row, True) for row in written.rows] + [(row, False) for row in draw.sample(real, asked_real)]
+    rows = [(row, True) for row in written.rows] + [(row, False) for row in draw.sample(usable.real, asked_real)]
     draw.shuffle(rows)
-    return Mixed(rows, written, real_dropped, len(mix.prompts or ()) - len(prompts or ()))
+    return Mixed(rows, written, usable.real_dropped, len(mix.prompts or ()) - len(usable.prompts or ()))
