@@ -1,6 +1,7 @@
 """`atp generate`, in this process. Oracles: the files left behind, read as any other data; the dense tuned model."""
 
 import json
+import random
 import re
 import sys
 from pathlib import Path
@@ -40,6 +41,14 @@ def refused(capsys, *argv):
     lines = [part for part in re.split(r"[\r\n]+", capsys.readouterr().err) if part.strip() and "%|" not in part]
     assert len(lines) == 1, lines
     return lines[0]
+
+
+def texts(path, count):
+    """Texts of words that the tokenizer knows, so that the model does not learn to write none."""
+    draw = random.Random(count)
+    words = sorted(set(tiny.word_tokenizer().get_vocab()) - {"<s>", "</s>", "<unk>"})
+    path.write_text("".join(json.dumps({"text": " ".join(draw.choices(words, k=15))}) + "\n" for _ in range(count)))
+    return path
 
 
 def test_rows_are_written_and_how_they_were_made(base, tmp_path, capsys):
@@ -105,8 +114,8 @@ def test_the_dense_tuned_model_of_a_run_writes_and_a_run_calibrates_on_it(base, 
     recipe = {
         "model": {"name_or_path": str(base), "dtype": "float32"},
         "data": {
-            "train": str(tiny.jsonl(tmp_path / "train.jsonl", range(120))),
-            "validation": str(tiny.jsonl(tmp_path / "validation.jsonl", range(120, 140))),
+            "train": str(texts(tmp_path / "train.jsonl", 120)),
+            "validation": str(texts(tmp_path / "validation.jsonl", 20)),
             "max_length": 16,
         },
         "lora": {"r": 4},
