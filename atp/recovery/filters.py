@@ -5,7 +5,7 @@
 | `broken` | it has bytes that are no letter, or nothing but white space |
 | `short` | with its prompt it has fewer than 16 tokens, or than half of what may be written where that is less |
 | `repetitive` | fewer than half of the runs of four tokens that the model wrote are different ones |
-| `language` | it is in another language than asked |
+| `language` | it is not, more likely than not, in a language that was asked for: code is in none |
 | `held_out` | with its prompt it is, or overlaps, a row that it must be disjoint of |
 | `duplicate` | with its prompt it is a row kept before, or one of the sources', blind to case and white space |
 | `near_duplicate` | without its prompt it overlaps (`overlap.py`) what was written before, or a row of the sources |

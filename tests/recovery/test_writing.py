@@ -207,6 +207,8 @@ def test_languages_are_told_apart(language):
     kept = {name for name, sentence in SENTENCES.items() if filters.reason(written(sentence)) != "language"}
     assert kept == {language}
     assert all(language_test(tuple(SENTENCES))(sentence) for sentence in SENTENCES.values())
+    code = "def _compute(d):\n    if d == 0:\n        return d, -1\n    return -1, max(d - 2, 0)\ntotal += d * sl"
+    assert filters.reason(written(code)) == "language"
 
 
 def test_an_unknown_language_is_named():
