@@ -24,7 +24,7 @@ from atp.files import file_written_beside
 from atp.loading import adapter_folder, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
-from atp.recovery import Mix, Mixed, WritingSettings, language_test, mixed_rows
+from atp.recovery.generation import Mix, Mixed, WritingSettings, language_test, mixed_rows
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.data import Row
 from atp.errors import CalibrationError, ConfigError
-from atp.recovery.filters import REASONS, Filters, row_of
-from atp.recovery.settings import WritingSettings
-from atp.recovery.starts import Start, begins_with, prompt_starts, random_starts
-from atp.recovery.writing import Writer
+from atp.recovery.generation.filters import REASONS, Filters, row_of
+from atp.recovery.generation.settings import WritingSettings
+from atp.recovery.generation.starts import Start, begins_with, prompt_starts, random_starts
+from atp.recovery.generation.writing import Writer
 
 logger = logging.getLogger(__name__)
 

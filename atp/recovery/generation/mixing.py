@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.data import Row
 from atp.errors import CalibrationError, ConfigError
-from atp.recovery.collecting import Collected, collect, counted, starts_for
-from atp.recovery.filters import REASONS, Filters, HeldOut, fit_to_mix
-from atp.recovery.settings import WritingSettings
-from atp.recovery.writing import Writer
+from atp.recovery.generation.collecting import Collected, collect, counted, starts_for
+from atp.recovery.generation.filters import REASONS, Filters, HeldOut, fit_to_mix
+from atp.recovery.generation.settings import WritingSettings
+from atp.recovery.generation.writing import Writer
 
 
 @dataclass(frozen=True)

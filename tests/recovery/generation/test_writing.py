@@ -10,13 +10,13 @@ from transformers import GenerationConfig
 
 from atp.data import Row
 from atp.errors import CalibrationError, ConfigError
-from atp.recovery import Mix, WritingSettings, mixed_rows
-from atp.recovery.collecting import collect, starts_for
-from atp.recovery.filters import REASONS, Filters, HeldOut
-from atp.recovery.language import language_test
-from atp.recovery.overlap import Overlaps
-from atp.recovery.starts import Start, prompt_starts, random_starts
-from atp.recovery.writing import Writer, Written
+from atp.recovery.generation import Mix, WritingSettings, mixed_rows
+from atp.recovery.generation.collecting import collect, starts_for
+from atp.recovery.generation.filters import REASONS, Filters, HeldOut
+from atp.recovery.generation.language import language_test
+from atp.recovery.generation.overlap import Overlaps
+from atp.recovery.generation.starts import Start, prompt_starts, random_starts
+from atp.recovery.generation.writing import Writer, Written
 from tests import tiny
 
 SETTINGS = WritingSettings(tokens=24, greedy_tokens=4, batch_size=4, attempts=60)

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atp.recovery.settings import WritingSettings
-from atp.recovery.starts import Start
+from atp.recovery.generation.settings import WritingSettings
+from atp.recovery.generation.starts import Start
 
 
 @dataclass(frozen=True)

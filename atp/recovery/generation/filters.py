@@ -17,10 +17,10 @@ prompts come again when all have been used, and may be most of a row.
 from collections.abc import Callable, Iterable, Sequence
 
 from atp.data import Row
-from atp.recovery.language import language_test
-from atp.recovery.overlap import Overlaps
-from atp.recovery.settings import WritingSettings
-from atp.recovery.writing import Written
+from atp.recovery.generation.language import language_test
+from atp.recovery.generation.overlap import Overlaps
+from atp.recovery.generation.settings import WritingSettings
+from atp.recovery.generation.writing import Written
 
 REASONS = ("broken", "short", "repetitive", "language", "held_out", "duplicate", "near_duplicate")
 
