@@ -1,4 +1,4 @@
-"""The shell: `atp train | recover | export | eval | inspect | plan | compare | report | history | bench`.
+"""The shell: `atp train | recover | export | eval | generate | inspect | plan | compare | report | history | bench`.
 
 Exit status 0 on success; 1 where a comparison has a failed run; 2 on bad input, with one line on standard error that
 says what is wrong and what to do.
@@ -13,7 +13,19 @@ from typing import NoReturn
 
 from huggingface_hub.utils import logging as hub_logging
 
-from atp.commands import bench, compare, evaluate, export, history, inspect, plan, recover, report, train
+from atp.commands import (
+    bench,
+    compare,
+    evaluate,
+    export,
+    generate,
+    history,
+    inspect,
+    plan,
+    recover,
+    report,
+    train,
+)
 from atp.errors import ATPError, ConfigError
 
 
@@ -28,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     """All commands and their arguments."""
     parser = _Parser(prog="atp", description="All-in-one LoRA tuning and structural pruning of causal language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, recover, export, evaluate, inspect, plan, compare, report, history, bench):
+    for command in (train, recover, export, evaluate, generate, inspect, plan, compare, report, history, bench):
         command.add(commands)
     return parser
 

@@ -375,12 +375,14 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
-def test_every_command_in_the_readme_parses():
-    names = "train|export|eval|inspect|plan|compare|report|history|bench"
-    commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", README.read_text(), re.M)
-    assert len(commands) >= 4
+def test_every_command_in_the_readmes_parses():
+    names = "train|export|eval|generate|inspect|plan|compare|report|history|bench"
+    text = README.read_text() + (README.parent / "configs" / "README.md").read_text().replace("\\\n", "")
+    commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", text, re.M)
+    assert {command.split()[1] for command in commands} == set(names.split("|"))
     for command in commands:
-        build_parser().parse_args(shlex.split(command)[1:])
+        arguments, overrides = build_parser().parse_known_args(shlex.split(command)[1:])
+        assert not overrides or arguments.takes_overrides, command
 
 
 def test_python_in_the_readme_compiles():

@@ -1,6 +1,5 @@
 """`atp recover`, in this process, on a tiny run. Oracles: exit status, files left, models as a stranger loads them."""
 
-import importlib
 import json
 import shutil
 
@@ -12,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from atp.cli import main
+from atp.recovery import recovering
 from tests import tiny
 from tests.test_cli import refused
 
-driver = importlib.import_module("atp.recovery.recover")
 SMALL = ("--length", "16", "--windows", "12", "--held-out-windows", "6", "--batch-size", "4")
 
 
@@ -115,7 +114,7 @@ def test_tasks_are_scored_before_and_after(finished, tmp_path):
 def test_an_interrupted_recovery_is_gone_on_with(finished, tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert recover(finished, "--out", whole, "--epochs", "2") == 0
-    fit, calls = driver._Recovery._fit, []
+    fit, calls = recovering._Recovery._fit, []
 
     def killed(self, *args):
         calls.append(args)
@@ -123,7 +122,7 @@ def test_an_interrupted_recovery_is_gone_on_with(finished, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return fit(self, *args)
 
-    monkeypatch.setattr(driver._Recovery, "_fit", killed)
+    monkeypatch.setattr(recovering._Recovery, "_fit", killed)
     with pytest.raises(KeyboardInterrupt):
         recover(finished, "--out", cut, "--epochs", "2")
     assert not cut.exists()

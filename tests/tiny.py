@@ -39,6 +39,19 @@ def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     return made
 
 
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Every token but three is a word, so that a model that knows nothing still writes words."""
+    special = ["<s>", "</s>", "<unk>"]
+    syllables = [first + second for first in "bdfghklmnprstvz" for second in "aeiou"]
+    drawn = [f"{first}{second}" for first in syllables[:6] for second in syllables]
+    vocabulary = {token: number for number, token in enumerate([*special, *WORDS, *drawn][:384])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+
+
 def model(**changes: int) -> LlamaForCausalLM:
     """A random Llama of four small blocks with grouped queries."""
     torch.manual_seed(0)
@@ -54,8 +67,8 @@ def model(**changes: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(sizes | changes), bos_token_id=0, eos_token_id=1))
 
 
-def folder(path: Path) -> Path:
-    """Model and tokenizer as a Hugging Face folder."""
+def folder(path: Path, words: bool = False) -> Path:
+    """Model and tokenizer, or the one of words, as a Hugging Face folder."""
     model().save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    (word_tokenizer() if words else tokenizer()).save_pretrained(path)
     return path

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from atp.commands.evaluation.figures import Measured, differences, figures
@@ -27,6 +26,7 @@ from atp.commands.evaluation.tables import (
 )
 from atp.commands.models import bytes_of, to_best_device
 from atp.commands.output import write_json
+from atp.commands.versions import versions_of
 from atp.data import Row, make_windows, read_rows
 from atp.errors import ConfigError
 from atp.evaluation import (
@@ -207,12 +207,5 @@ def _results(found: _Outcome, data: Sequence[str]) -> dict[str, Any]:
         },
         "gates": [dataclasses.asdict(verdict) for verdict in found.verdicts],
         "failed": [verdict.gate for verdict in found.verdicts if verdict.failed],
-        "versions": {name: known for name in ("atp", "torch", "transformers", "lm_eval") if (known := _version(name))},
+        "versions": versions_of("atp", "torch", "transformers", "lm_eval"),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

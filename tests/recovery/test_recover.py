@@ -4,18 +4,15 @@ Oracles: `torch.linalg.lstsq` on inputs and targets taken with hooks; the same m
 """
 
 import copy
-import importlib
 
 import pytest
 import torch
 
 from atp.errors import CalibrationError, CheckpointError, ConfigError, UnsupportedModelError
 from atp.export import load
-from atp.recovery import METHODS, RecoverySettings, Texts, recover, streams
+from atp.recovery import METHODS, RecoverySettings, Texts, recover, recovering, streams
 from tests import families
 from tests.export.cases import exported
-
-driver = importlib.import_module("atp.recovery.recover")
 
 LENGTH = 12
 TEXTS = Texts(*(families.tokens(rows, LENGTH, seed) for rows, seed in ((32, 5), (16, 6), (8, 7))))
@@ -166,7 +163,7 @@ def test_an_interrupted_recovery_ends_as_an_uninterrupted_one(tmp_path, monkeypa
         (tmp_path / name).mkdir()
     chosen = settings(method)
     expected = recover(teacher_of("gemma3"), whole, TEXTS, chosen, tmp_path / "whole", quiet=True)
-    fit, calls = driver._Recovery._fit, []
+    fit, calls = recovering._Recovery._fit, []
 
     def killed(self, *args):
         calls.append(args)
@@ -174,7 +171,7 @@ def test_an_interrupted_recovery_ends_as_an_uninterrupted_one(tmp_path, monkeypa
             raise KeyboardInterrupt
         return fit(self, *args)
 
-    monkeypatch.setattr(driver._Recovery, "_fit", killed)
+    monkeypatch.setattr(recovering._Recovery, "_fit", killed)
     with pytest.raises(KeyboardInterrupt):
         recover(teacher_of("gemma3"), cut, TEXTS, chosen, tmp_path / "cut", quiet=True)
     cut = student_of("gemma3")
@@ -217,9 +214,9 @@ def test_errors_and_qualities_are_those_of_the_whole_models(tmp_path):
 
 
 def test_windows_of_two_overlap():
-    crossing = [(list(w.blocks), w.following) for w in driver._windows(4, crossing=True)]
+    crossing = [(list(w.blocks), w.following) for w in recovering._windows(4, crossing=True)]
     assert crossing == [([0], 0), ([0, 1], 1), ([1, 2], 2), ([2, 3], 4)]
-    assert [list(w.blocks) for w in driver._windows(1, crossing=True)] == [[0]]
+    assert [list(w.blocks) for w in recovering._windows(1, crossing=True)] == [[0]]
 
 
 def test_calibration_and_held_out_text_share_no_window():
