@@ -9,6 +9,7 @@ from pathlib import Path
 
 from performance import tables as performance
 from quality import tables as quality
+from recovery import tables as recovery
 from scale import tables as scale
 
 HERE = Path(__file__).parent
@@ -22,6 +23,7 @@ def main() -> None:
     parts = {
         HERE / "quality": quality.part(draw=not check),
         HERE / "performance": performance.part(draw=not check),
+        HERE / "recovery": recovery.part(draw=not check),
         HERE / "scale": scale.part(),
         HERE.parent: quality.top_table(),
     }

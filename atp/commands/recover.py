@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from atp.commands.models import best_device, to_best_device
 from atp.commands.output import print_table, write_json
 from atp.commands.recovery.texts import Size, as_windows, read_texts
 from atp.commands.recovery.work import begin, work_folder
+from atp.commands.versions import versions_of
 from atp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from atp.evaluation import TaskScore, peak_memory_mib, reset_peak_memory, score_named, score_task
 from atp.export import load as load_exported
@@ -37,7 +37,6 @@ from atp.recovery.recovering import CALIBRATION, HELD_OUT, OTHER
 from atp.recovery.settings import TRAINS
 
 RECOVERY = "recovery.json"
-_VERSIONS = ("atp", "torch", "transformers", "peft")
 _EPILOG = """\
 methods:
   lr        every writer (o_proj, down_proj) by ridge regression; minutes
@@ -141,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
         **about,
         **outcome.to_dict(),
         **({"tasks": {"before": scores, "after": after}} if scores else {}),
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": versions_of("atp", "torch", "transformers", "peft"),
         "seconds": time.perf_counter() - start,
         "peak_memory_mib": peak_memory_mib() if measurable else None,
     }
