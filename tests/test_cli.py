@@ -380,7 +380,8 @@ def test_every_command_in_the_readme_parses():
     commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", README.read_text(), re.M)
     assert len(commands) >= 4
     for command in commands:
-        build_parser().parse_args(shlex.split(command)[1:])
+        words = shlex.split(command)[1:]
+        build_parser(words).parse_args(words)
 
 
 def test_python_in_the_readme_compiles():

@@ -81,14 +81,9 @@ class _Outcome:
     rows: int
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "eval",
-        help="quality, speed and size of one or more models, and gates for regressions",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("models", metavar="MODEL", nargs="+", help="hub name, folder, or .gguf file")
     data = parser.add_argument_group("perplexity")
     data.add_argument("--data", metavar="FILE", action="append", default=[], help="JSONL file or hub data set")

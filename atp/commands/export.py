@@ -24,9 +24,8 @@ FORMATS = ("hf", "gguf", "adapter")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("export", help="write the pruned model of a finished run")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument("run_dir", metavar="RUN", help="output folder of `atp train`, or its final/ folder")
     parser.add_argument("out", metavar="OUT", help="folder to write; a file for gguf")
     parser.add_argument(

@@ -23,11 +23,8 @@ _ALIVE_SECONDS = 600
 _PARTS = ("checkpoint-*", "final", "pruned")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "history", help="the runs in a folder, their headline numbers and settings that differ"
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument("folder", metavar="DIR", help="searched with all folders in it")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
     parser.set_defaults(run=run)

@@ -3,7 +3,6 @@
 import argparse
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,8 @@ from atp.structure.discovery import discover
 from atp.structure.space import GroupSet, Space
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("inspect", help="what can be pruned in a model, and what a sparsity would leave")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument(
         "model",
         metavar="MODEL",

@@ -4,7 +4,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from atp.commands.output import print_table, write_json
 from atp.errors import ConfigError
@@ -19,9 +18,8 @@ _PRINTED = ("run", "parameters", "prompt, ms", "decode, ms per token", "perplexi
 """Columns of a comparison that a terminal has room for; the page has all of them."""
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("report", help="one page of a run, or of several side by side")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument(
         "runs",
         metavar="RUN",

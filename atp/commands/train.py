@@ -44,13 +44,9 @@ _RUN_FILES = (
 )
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "train",
-        help="tune and prune by a recipe",
-        epilog="Any setting of the recipe can be given as --section.key value, e.g. --atp.sparsity 0.5.",
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = "Any setting of the recipe can be given as --section.key value, e.g. --atp.sparsity 0.5."
     parser.add_argument("config", metavar="CONFIG.yaml", help="recipe; see configs/README.md")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
