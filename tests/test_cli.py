@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from atp.cli import build_parser, main
-from atp.commands.output import write_json
 from atp.errors import ATPError
+from atp.files import write_json
 from tests import tiny
 
 README = Path(__file__).parents[1] / "README.md"

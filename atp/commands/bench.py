@@ -26,10 +26,11 @@ from atp.bench import (
     whole_run_results,
 )
 from atp.commands.models import random_model
-from atp.commands.output import print_table, write_json, write_text
+from atp.commands.output import print_table
 from atp.commands.shapes import SHAPES
 from atp.config import IMPLS, SPACES, ATPConfig
 from atp.errors import ConfigError
+from atp.files import write_json, write_text
 from atp.recipe import DTYPES
 
 _NOT_SETTINGS = ("bench", "run", "results", "calls", "csv", "json", "overrides")

@@ -20,9 +20,9 @@ from atp.commands.comparison.child import remove_weights, run_child, stop_childr
 from atp.commands.comparison.journal import append_row, read_journal, replace_journal
 from atp.commands.comparison.plan import Run, check_plan, differences, make_plan, make_run
 from atp.commands.comparison.results import report
-from atp.commands.output import write_json
 from atp.config import COMPENSATIONS, CRITERIA, RANKINGS
 from atp.errors import ConfigError
+from atp.files import write_json
 from atp.recipe import Recipe
 from atp.strategies import DENSE, FREEZE_AT, ONE_STAGE
 

@@ -26,7 +26,6 @@ from atp.commands.evaluation.tables import (
     print_verdicts,
 )
 from atp.commands.models import bytes_of, to_best_device
-from atp.commands.output import write_json
 from atp.data import Row, make_windows, read_rows
 from atp.errors import ConfigError
 from atp.evaluation import (
@@ -40,6 +39,7 @@ from atp.evaluation import (
     score_named,
     score_task,
 )
+from atp.files import write_json
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.commands.about import about_run
 from atp.commands.models import load_shell
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.errors import ATPError, CheckpointError, ConfigError
 from atp.evaluation import count_parameters, folder_bytes
 from atp.export import export, export_adapter
 from atp.export.card import About
+from atp.files import write_json
 from atp.loading import adapter_folder, base_of, load
 from atp.models import load_tokenizer
 from atp.training.state import FOLDER

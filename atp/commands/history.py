@@ -9,12 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.errors import DataError
+from atp.files import write_json
+from atp.journal import JOURNAL
 from atp.report.page.tasks import scores
 from atp.report.page.texts import short
 from atp.report.page.versus import differences
-from atp.report.record import JOURNAL, METRICS, Record, read_run
+from atp.report.record import METRICS, Record, read_run
 from atp.report.values import number_at
 
 _WIDTH = 80

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from atp.commands.models import load_shell
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.config import SPACES, ATPConfig
 from atp.evaluation import count_parameters
 from atp.export.layout import empty_model
+from atp.files import write_json
 from atp.structure.budget import budget_note, project
 from atp.structure.building import build_space
 from atp.structure.discovery import discover

@@ -6,10 +6,11 @@ from functools import partial
 
 from atp.bench import ENGINES, plan, seconds_here
 from atp.commands.models import load_shell, random_model
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.commands.shapes import SHAPES
 from atp.config import SPACES, ATPConfig
 from atp.errors import ConfigError
+from atp.files import write_json
 from atp.recipe import DTYPES
 
 _NOT_ASKED = ("json", "run", "overrides")

@@ -5,8 +5,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.errors import ConfigError
+from atp.files import write_json
 from atp.report.page import Report, write_comparison, write_record
 from atp.report.page.parts import Value
 from atp.report.record import Record

@@ -25,15 +25,15 @@ from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import load_data
 from atp.commands.measurement import JournalCallback, PeakMemoryCallback
 from atp.commands.models import computes_in_bf16
-from atp.commands.output import write_json, write_text
 from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
+from atp.files import write_json, write_text
+from atp.journal import JOURNAL
 from atp.models import load_tokenizer
 from atp.recipe import Recipe
 from atp.report import write_report
-from atp.training.journal import JOURNAL
 from atp.training.state import set_aside_unfinished
 
 logger = logging.getLogger(__name__)

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from atp.errors import DataError
+from atp.journal import JOURNAL
 from atp.report.journal import Journal, read_journal
 from atp.report.values import at, finite, flat, mapping_at, number_at, text_at
 from atp.strategies import DENSE, FREEZE_AT
 
-METRICS, JOURNAL, RECIPE = "metrics.json", "journal.jsonl", "recipe.yaml"
+METRICS, RECIPE = "metrics.json", "recipe.yaml"
 _MEANS_NOTHING = ("output_dir", "training.seed", "atp.seed")
 """Settings by which two runs of the same experiment may differ."""
 
