@@ -18,7 +18,7 @@ __all__ = ["ATPCallback", "ATPConfig", "discover", "export", "load"]
 
 def _is_command() -> bool:
     """Whether this process runs `atp ...` or `python -m atp ...`."""
-    program = Path(sys.argv[0]).stem
+    program = Path(next(iter(sys.argv), "")).stem
     return (sys.orig_argv[-len(sys.argv)] if program == "-m" else program) == "atp"  # `-m`: until its module is found
 
 
