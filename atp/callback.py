@@ -6,7 +6,6 @@ leaves `output_dir/final/` (adapter, decision, generator) and `output_dir/pruned
 unmodified `Trainer` and an unmodified TRL `SFTTrainer`.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
 from atp.evaluation import evenly_spread
 from atp.export import About, Result, export
 from atp.export.card import chosen
-from atp.files import file_written_beside, written_by_one
+from atp.files import write_json, written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
 from atp.report import write_report
 from atp.structure.budget import target_parameters
@@ -277,8 +276,7 @@ class ATPCallback(TrainerCallback):
             "pruning": self.summary(),
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
         }
-        with file_written_beside(folder / "metrics.json") as beside:
-            beside.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "metrics.json", results)
         write_report(folder)
 
     def _before_evaluation_and_saving(

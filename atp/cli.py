@@ -6,27 +6,29 @@ says what is wrong and what to do.
 
 import argparse
 import errno
+import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from huggingface_hub.utils import logging as hub_logging
-
-from atp.commands import (
-    bench,
-    compare,
-    evaluate,
-    export,
-    generate,
-    history,
-    inspect,
-    plan,
-    recover,
-    report,
-    train,
-)
 from atp.errors import ATPError, ConfigError
+
+COMMANDS = {
+    "train": ("train", "tune and prune by a recipe"),
+    "recover": ("recover", "fit a pruned model's blocks to the dense tuned model's, where that helps"),
+    "export": ("export", "write the pruned model of a finished run"),
+    "eval": ("evaluate", "quality, speed and size of one or more models, and gates for regressions"),
+    "generate": ("generate", "write calibration data with the model itself"),
+    "inspect": ("inspect", "what can be pruned in a model, and what a sparsity would leave"),
+    "plan": ("plan", "memory of each GPU and time of a step, from a model's shapes"),
+    "compare": ("compare", "one recipe under several strategies of when and by what to prune"),
+    "report": ("report", "one page of a run, or of several side by side"),
+    "history": ("history", "the runs in a folder, their headline numbers and settings that differ"),
+    "bench": ("bench", "speed before and after pruning, on random weights of a model's shapes"),
+}
+"""Name of a command -> its module in `atp.commands`, imported when it is asked for, and its line in the help."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,26 +38,31 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their arguments."""
+def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands, and the arguments of the one that `words` ask for."""
+    asked = next((word for word in words if not word.startswith("-")), None)
     parser = _Parser(prog="atp", description="All-in-one LoRA tuning and structural pruning of causal language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (train, recover, export, evaluate, generate, inspect, plan, compare, report, history, bench):
-        command.add(commands)
+    for name, (module, what) in COMMANDS.items():
+        command = commands.add_parser(name, help=what)
+        if name == asked:
+            importlib.import_module(f"atp.commands.{module}").add(command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    hub_logging.set_verbosity_error()  # its retries would bury the one line that says what is wrong
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments, overrides = build_parser().parse_known_args(argv)
+        parser = build_parser(words)
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+        arguments, overrides = parser.parse_known_args(words)
         if overrides and not getattr(arguments, "takes_overrides", False):
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)} (see atp --help)")
         for option in ("json", "csv"):
             if (file := getattr(arguments, option, None)) and not Path(file).parent.is_dir():
                 raise ConfigError(f"--{option} {file}: its folder does not exist: make it first")
-        arguments.overrides, arguments.words = overrides, list(sys.argv[1:] if argv is None else argv)
+        arguments.overrides, arguments.words = overrides, words
         return arguments.run(arguments) or 0
     except ATPError as error:
         return _refuse(error)

@@ -1,14 +1,17 @@
 """Folders and files that are complete or absent: written beside their place, then renamed into it."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from atp.errors import CheckpointError, in_one_line
+from atp.errors import ATPError, CheckpointError, in_one_line
 
 
 @contextmanager
@@ -60,6 +63,37 @@ def file_written_beside(out: Path) -> Iterator[Path]:
 def written_by_one(out: Path, writes: bool) -> AbstractContextManager[Path | None]:
     """`written_beside` in the process that `writes`; the others, which help it, get no folder."""
     return written_beside(out) if writes else nullcontext()
+
+
+def write_json(path: str | Path, results: Mapping[str, Any]) -> None:
+    """Write results as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(results, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole file or none: beside it first, then rename.
+
+    Raises:
+        ATPError: where the folder is missing or the disk refuses.
+    """
+    target = Path(path)
+    try:
+        descriptor, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise ATPError(f"{target}: cannot be written: {error.strerror}: check that its folder exists") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(beside, 0o644)
+        os.replace(beside, target)
+    except OSError as error:
+        Path(beside).unlink(missing_ok=True)
+        raise ATPError(f"{target}: cannot be written: {error.strerror}: free space or choose another path") from None
 
 
 def _take_place(fresh: Path, out: Path, aside: Path) -> None:

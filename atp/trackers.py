@@ -1,15 +1,23 @@
 """Reaching the Trainer's trackers (TensorBoard, W&B, MLflow and the like), which log before user callbacks do."""
 
+import importlib
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import MLflowCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 from transformers.trainer_callback import CallbackHandler
 
+from atp.errors import in_one_line
+
+logger = logging.getLogger(__name__)
+
 IMAGE = "atp/kept"
+_STEP = "train/global_step"
+"""What the Trainer calls the horizontal axis where a tracker counts its own steps."""
 _CELL = 12
 """Pixels of a side of a block's square."""
 _NOTHING, _ALL = np.array([253, 231, 200], np.float32), np.array([0, 68, 136], np.float32)
@@ -28,6 +36,7 @@ class Feeder(TrainerCallback):
     ) -> None:
         self._add, self._kept = add, kept
         self._peers: list[TrainerCallback] = []
+        self._refused: set[type] = set()
 
     def join(self) -> None:
         """Go to the head of the list of the handler that is calling the caller's caller, unless there is one already.
@@ -51,14 +60,52 @@ class Feeder(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """An image, before TensorBoard closes its file."""
+        """An image, before trackers close."""
         self._show(state)
 
     def _show(self, state: TrainerState) -> None:
-        writers = [c.tb_writer for c in self._peers if isinstance(c, TensorBoardCallback) and c.tb_writer is not None]
-        shares = self._kept() if writers else None
-        for writer in writers if shares else ():
-            writer.add_image(IMAGE, heat_map(shares or {}), state.global_step, dataformats="HWC")
+        """One image for every tracker that takes one. A tracker that refuses is told of once, and ends no run."""
+        takers = [(peer, show) for peer in self._peers for kind, show in _SHOWN.items() if isinstance(peer, kind)]
+        shares = self._kept() if takers and state.is_world_process_zero else None
+        for tracker, show in takers if shares else ():
+            try:
+                show(tracker, heat_map(shares or {}), state.global_step)
+            except Exception as error:  # Pillow is missing, the network is down: each library has its own
+                if type(tracker) not in self._refused:
+                    logger.warning("atp: %s takes no image: %s", type(tracker).__name__, in_one_line(error))
+                self._refused.add(type(tracker))
+
+
+def _tensorboard(tracker: Any, image: np.ndarray, step: int) -> None:
+    if tracker.tb_writer is not None:
+        tracker.tb_writer.add_image(IMAGE, image, step, dataformats="HWC")
+
+
+def _wandb(_: Any, image: np.ndarray, step: int) -> None:
+    wandb = importlib.import_module("wandb")
+    if wandb.run is not None:
+        wandb.log({IMAGE: wandb.Image(image), _STEP: step})
+
+
+def _mlflow(_: Any, image: np.ndarray, step: int) -> None:
+    mlflow = importlib.import_module("mlflow")
+    if mlflow.active_run() is not None:
+        mlflow.log_image(image, key=IMAGE, step=step)
+
+
+def _trackio(_: Any, image: np.ndarray, step: int) -> None:
+    trackio = importlib.import_module("trackio")
+    if trackio.context_vars.current_run.get() is not None:
+        trackio.log({IMAGE: trackio.Image(image), _STEP: step})
+
+
+_SHOWN: dict[type[TrainerCallback], Callable[[Any, np.ndarray, int], None]] = {
+    TensorBoardCallback: _tensorboard,
+    WandbCallback: _wandb,
+    MLflowCallback: _mlflow,
+    TrackioCallback: _trackio,
+}
+"""Trackers that show images, and how each is given one, in the run that its callback has begun."""
 
 
 def heat_map(shares: Mapping[str, Sequence[float]]) -> np.ndarray:

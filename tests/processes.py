@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, training_args
 
 from atp import ATPCallback
+from atp.journal import JOURNAL, read_lines
 from atp.layers import attachment_of
 from atp.structure.sharding import is_sharded, whole
-from atp.training.journal import JOURNAL, entries
 from tests import runs
 
 ROWS_A_STEP = 4
@@ -134,7 +134,7 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
     report = {
         "decisions": seen.decisions,
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
-        "held out": [found["held_out"] for found in entries(out / JOURNAL) if "held_out" in found],
+        "held out": [found["held_out"] for found in read_lines(out / JOURNAL)[0] if "held_out" in found],
         "engine": type(run.model_wrapped).__name__,
         "compact": runs.callback_of(run).learner.attachment.is_compact,
         "in parts": [name for name, parameter in parameters.items() if is_sharded(parameter)],

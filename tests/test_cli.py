@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from atp.cli import build_parser, main
-from atp.commands.output import write_json
 from atp.errors import ATPError
+from atp.files import write_json
 from tests import tiny
 
 README = Path(__file__).parents[1] / "README.md"
@@ -376,12 +376,13 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
 
 
 def test_every_command_in_the_readmes_parses():
-    names = "train|export|eval|generate|inspect|plan|compare|report|history|bench"
+    names = "train|recover|export|eval|generate|inspect|plan|compare|report|history|bench"
     text = README.read_text() + (README.parent / "configs" / "README.md").read_text().replace("\\\n", "")
     commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", text, re.M)
     assert {command.split()[1] for command in commands} == set(names.split("|"))
     for command in commands:
-        arguments, overrides = build_parser().parse_known_args(shlex.split(command)[1:])
+        words = shlex.split(command)[1:]
+        arguments, overrides = build_parser(words).parse_known_args(words)
         assert not overrides or arguments.takes_overrides, command
 
 

@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from atp import ATPCallback
+from atp.journal import JOURNAL
 from atp.trackers import IMAGE, heat_map
-from atp.training.journal import JOURNAL
 from tests import runs, tiny
 
 EVALUATION = runs.dataset(8, seed=5)

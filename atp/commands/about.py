@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atp.commands.output import write_text
 from atp.config import ATPConfig
 from atp.export.card import README, About, Result, chosen, model_card
+from atp.files import write_text
 from atp.recipe import DataSettings, ModelSettings, Recipe
 
 _BESIDE = ("report_to", "disable_tqdm", "save_", "logging_", "eval_", "dataloader_", "hub_", "push_")

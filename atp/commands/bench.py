@@ -26,18 +26,18 @@ from atp.bench import (
     whole_run_results,
 )
 from atp.commands.models import random_model
-from atp.commands.output import print_table, write_json, write_text
+from atp.commands.output import print_table
 from atp.commands.shapes import SHAPES
 from atp.config import IMPLS, SPACES, ATPConfig
 from atp.errors import ConfigError
+from atp.files import write_json, write_text
 from atp.recipe import DTYPES
 
 _NOT_SETTINGS = ("bench", "run", "results", "calls", "csv", "json", "overrides")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("bench", help="speed before and after pruning, on random weights of a model's shapes")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     benches = parser.add_subparsers(required=True, metavar="BENCH")
     train_step = _declare(benches, "train-step", "LoRA's optimizer step: dense, under masks, under the final decision")
     train_step.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations in backward")

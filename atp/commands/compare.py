@@ -20,9 +20,9 @@ from atp.commands.comparison.child import remove_weights, run_child, stop_childr
 from atp.commands.comparison.journal import append_row, read_journal, replace_journal
 from atp.commands.comparison.plan import Run, check_plan, differences, make_plan, make_run
 from atp.commands.comparison.results import report
-from atp.commands.output import write_json
 from atp.config import COMPENSATIONS, CRITERIA, RANKINGS
 from atp.errors import ConfigError
+from atp.files import write_json
 from atp.recipe import Recipe
 from atp.strategies import DENSE, FREEZE_AT, ONE_STAGE
 
@@ -34,14 +34,12 @@ Value = TypeVar("Value", str, int, float)
 Row = Mapping[str, Any]
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "compare",
-        help="one recipe under several strategies of when and by what to prune",
-        epilog=f"Strategies: {', '.join((DENSE, *ONE_STAGE))}; {', '.join(f'{t}:C' for t in FREEZE_AT)}, where C is "
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = (
+        f"Strategies: {', '.join((DENSE, *ONE_STAGE))}; {', '.join(f'{t}:C' for t in FREEZE_AT)}, where C is "
         f"{', '.join(CRITERIA)}; C/RANKING and C+COMPENSATION replace the criterion's own ({', '.join(RANKINGS)}; "
-        f"{', '.join(COMPENSATIONS)}). Any setting of the recipe can be given as --section.key value.",
+        f"{', '.join(COMPENSATIONS)}). Any setting of the recipe can be given as --section.key value."
     )
     parser.add_argument("config", metavar="CONFIG.yaml", help="recipe; see configs/README.md")
     parser.add_argument("--strategies", default=_DEFAULT_STRATEGIES, help="comma-separated (default %(default)s)")

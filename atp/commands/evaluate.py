@@ -25,7 +25,6 @@ from atp.commands.evaluation.tables import (
     print_verdicts,
 )
 from atp.commands.models import bytes_of, to_best_device
-from atp.commands.output import write_json
 from atp.commands.versions import versions_of
 from atp.data import Row, make_windows, read_rows
 from atp.errors import ConfigError
@@ -40,6 +39,7 @@ from atp.evaluation import (
     score_named,
     score_task,
 )
+from atp.files import write_json
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
 
@@ -81,14 +81,9 @@ class _Outcome:
     rows: int
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "eval",
-        help="quality, speed and size of one or more models, and gates for regressions",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("models", metavar="MODEL", nargs="+", help="hub name, folder, or .gguf file")
     data = parser.add_argument_group("perplexity")
     data.add_argument("--data", metavar="FILE", action="append", default=[], help="JSONL file or hub data set")

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.commands.about import about_run
 from atp.commands.models import load_shell
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.errors import ATPError, CheckpointError, ConfigError
 from atp.evaluation import count_parameters, folder_bytes
 from atp.export import export, export_adapter
 from atp.export.card import About
+from atp.files import write_json
 from atp.loading import adapter_folder, base_of, load
 from atp.models import load_tokenizer
 from atp.training.state import FOLDER
@@ -24,9 +25,8 @@ FORMATS = ("hf", "gguf", "adapter")
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("export", help="write the pruned model of a finished run")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument("run_dir", metavar="RUN", help="output folder of `atp train`, or its final/ folder")
     parser.add_argument("out", metavar="OUT", help="folder to write; a file for gguf")
     parser.add_argument(

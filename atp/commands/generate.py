@@ -16,11 +16,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.commands.models import computes_in_bf16, to_best_device
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.commands.versions import versions_of
 from atp.data import Row, fingerprint, read_rows
 from atp.errors import CheckpointError, ConfigError
-from atp.files import file_written_beside
+from atp.files import file_written_beside, write_json
 from atp.loading import adapter_folder, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
@@ -44,15 +44,10 @@ _ATTEMPTS = 10
 """Texts written at most for each that is asked for."""
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
     default = WritingSettings()
-    parser = commands.add_parser(
-        "generate",
-        help="write calibration data with the model itself",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "model", metavar="MODEL", help="hub name, folder, .gguf file, or a run's output folder: its dense tuned model"
     )

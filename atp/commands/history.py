@@ -9,12 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.errors import DataError
+from atp.files import write_json
+from atp.journal import JOURNAL
 from atp.report.page.tasks import scores
 from atp.report.page.texts import short
 from atp.report.page.versus import differences
-from atp.report.record import JOURNAL, METRICS, Record, read_run
+from atp.report.record import METRICS, Record, read_run
 from atp.report.values import number_at
 
 _WIDTH = 80
@@ -23,11 +25,8 @@ _ALIVE_SECONDS = 600
 _PARTS = ("checkpoint-*", "final", "pruned")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "history", help="the runs in a folder, their headline numbers and settings that differ"
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument("folder", metavar="DIR", help="searched with all folders in it")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
     parser.set_defaults(run=run)

@@ -3,25 +3,24 @@
 import argparse
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from atp.commands.models import load_shell
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.config import SPACES, ATPConfig
 from atp.evaluation import count_parameters
 from atp.export.layout import empty_model
+from atp.files import write_json
 from atp.structure.budget import budget_note, project
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.space import GroupSet, Space
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("inspect", help="what can be pruned in a model, and what a sparsity would leave")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument(
         "model",
         metavar="MODEL",

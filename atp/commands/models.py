@@ -10,8 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ConfigError, UnsupportedModelError, in_one_line
 from atp.evaluation import folder_bytes
+from atp.export import register
 from atp.models import load_with, split_gguf
 from atp.structure.families import keep_blocks
+
+register()  # a model that a command names may be one that we exported
 
 
 def load_shell(name: str, gguf_file: str | None = None, dtype: str | None = None) -> PreTrainedModel:

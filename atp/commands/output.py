@@ -1,49 +1,11 @@
-"""What commands print and write: tables on standard output, results as JSON, every file written beside and renamed."""
+"""What commands print: tables on standard output, and numbers as people read them."""
 
-import json
-import os
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-from atp.errors import ATPError
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a whole file or none: beside it first, then rename.
-
-    Raises:
-        ATPError: where the folder is missing or the disk refuses.
-    """
-    target = Path(path)
-    try:
-        descriptor, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise ATPError(f"{target}: cannot be written: {error.strerror}: check that its folder exists") from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(beside, 0o644)
-        os.replace(beside, target)
-    except OSError as error:
-        Path(beside).unlink(missing_ok=True)
-        raise ATPError(f"{target}: cannot be written: {error.strerror}: free space or choose another path") from None
-
-
-def write_json(path: str | Path, results: Mapping[str, Any]) -> None:
-    """Write results as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(results, indent=2) + "\n")
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> None:

@@ -3,23 +3,22 @@
 import argparse
 import dataclasses
 from functools import partial
-from typing import Any
 
 from atp.bench import ENGINES, plan, seconds_here
 from atp.commands.models import load_shell, random_model
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.commands.shapes import SHAPES
 from atp.config import SPACES, ATPConfig
 from atp.errors import ConfigError
+from atp.files import write_json
 from atp.recipe import DTYPES
 
 _NOT_ASKED = ("json", "run", "overrides")
 _POSITIVE = ("gpus", "rows", "length", "lora_rank", "refit_rows", "tflops", "gb_per_s", "gpu_gib")
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("plan", help="memory of each GPU and time of a step, from a model's shapes")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument("--model", required=True, metavar="NAME", help=f"{', '.join(SHAPES)}, a hub name or a folder")
     parser.add_argument(
         "--gpus", type=int, default=1, help="over which data and, by the engine, weights are shared out"

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atp.commands.about import about_run, rewrite_card
 from atp.commands.evaluation.sources import Tasks, find_tasks
 from atp.commands.models import best_device, to_best_device
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.commands.recovery.texts import Size, as_windows, read_texts
 from atp.commands.recovery.work import begin, work_folder
 from atp.commands.versions import versions_of
@@ -28,7 +28,7 @@ from atp.evaluation import TaskScore, peak_memory_mib, reset_peak_memory, score_
 from atp.export import load as load_exported
 from atp.export.card import Result
 from atp.export.reweighting import write_reweighted
-from atp.files import written_beside
+from atp.files import write_json, written_beside
 from atp.loading import adapter_folder, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES, ModelSettings, Recipe
@@ -61,14 +61,9 @@ class _Job:
     recipe: Recipe | None
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "recover",
-        help="fit a pruned model's blocks to the dense tuned model's, where that helps",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments."""
+    parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     defaults = RecoverySettings()
     parser.add_argument("run_dir", metavar="RUN", help="output folder of a finished run")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/recovered)")

@@ -4,10 +4,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from atp.commands.output import print_table, write_json
+from atp.commands.output import print_table
 from atp.errors import ConfigError
+from atp.files import write_json
 from atp.report.page import Report, write_comparison, write_record
 from atp.report.page.parts import Value
 from atp.report.record import Record
@@ -19,9 +19,8 @@ _PRINTED = ("run", "parameters", "prompt, ms", "decode, ms per token", "perplexi
 """Columns of a comparison that a terminal has room for; the page has all of them."""
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser("report", help="one page of a run, or of several side by side")
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
     parser.add_argument(
         "runs",
         metavar="RUN",

@@ -25,15 +25,15 @@ from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import load_data
 from atp.commands.measurement import JournalCallback, PeakMemoryCallback
 from atp.commands.models import computes_in_bf16
-from atp.commands.output import write_json, write_text
 from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
+from atp.files import write_json, write_text
+from atp.journal import JOURNAL
 from atp.models import load_tokenizer
 from atp.recipe import Recipe
 from atp.report import write_report
-from atp.training.journal import JOURNAL
 from atp.training.state import set_aside_unfinished
 
 logger = logging.getLogger(__name__)
@@ -44,13 +44,9 @@ _RUN_FILES = (
 )
 
 
-def add(commands: Any) -> None:
-    """Declare the command."""
-    parser = commands.add_parser(
-        "train",
-        help="tune and prune by a recipe",
-        epilog="Any setting of the recipe can be given as --section.key value, e.g. --atp.sparsity 0.5.",
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.epilog = "Any setting of the recipe can be given as --section.key value, e.g. --atp.sparsity 0.5."
     parser.add_argument("config", metavar="CONFIG.yaml", help="recipe; see configs/README.md")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")

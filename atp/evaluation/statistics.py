@@ -1,6 +1,5 @@
-"""Intervals and paired tests by resampling rows: rows are what was sampled, so rows are what is drawn again.
+"""Intervals and paired tests by resampling rows, as `atp.resampling` draws them.
 
-An interval is the percentile bootstrap's (Efron and Tibshirani, 1993, chapter 13): 95 %, `RESAMPLES` resamples, `SEED`.
 Two models are compared on the same rows, drawn together. The p-value of right or wrong is McNemar's exact one (the
 binomial test over the rows on which the two differ); of anything else, a permutation test's that swaps the two models
 within rows. Both are two-sided. Not covered: correction for many comparisons.
@@ -8,7 +7,6 @@ within rows. Both are two-sided. Not covered: correction for many comparisons.
 
 import dataclasses
 import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +15,7 @@ from numpy.typing import NDArray
 
 from atp.errors import ConfigError, DataError
 from atp.evaluation.metrics import Items, Metric
-
-RESAMPLES = 9_999
-SEED = 0
-PERCENTILES = (2.5, 97.5)
-_DRAWN_AT_ONCE = 1 << 21
+from atp.resampling import DRAWN_AT_ONCE, RESAMPLES, SEED, draws, interval, resampled
 
 
 @dataclass(frozen=True)
@@ -62,10 +56,10 @@ def estimate(items: Items, metric: Metric, mean: str | None = None) -> Estimate:
     value, rows = float(metric(items)), _rows(items)
     if rows < 2:
         return Estimate(value, None, None, None)
-    drawn = np.concatenate([metric(_taken(items, index)) for index in _draws(rows)])
-    low, high = np.percentile(drawn, PERCENTILES)
+    drawn = resampled(lambda index: metric(_taken(items, index)), rows)
+    low, high = interval(drawn)
     spread = items[mean].std(ddof=1) / np.sqrt(rows) if mean else drawn.std(ddof=1)
-    return Estimate(value, float(spread), float(low), float(high))
+    return Estimate(value, float(spread), low, high)
 
 
 def compare(baseline: Items, other: Items, metric: Metric, right_or_wrong: str | None = None) -> Difference:
@@ -84,12 +78,12 @@ def compare(baseline: Items, other: Items, metric: Metric, right_or_wrong: str |
     before, after = float(metric(baseline)), float(metric(other))
     if rows < 2:
         return unpaired(before, after)
-    drawn = [(metric(_taken(baseline, index)), metric(_taken(other, index))) for index in _draws(rows)]
+    drawn = [(metric(_taken(baseline, index)), metric(_taken(other, index))) for index in draws(rows)]
     first, second = (np.concatenate(side) for side in zip(*drawn, strict=True))
-    low, high = np.percentile(second - first, PERCENTILES).tolist()
+    low, high = interval(second - first)
     relative_low, relative_high = None, None
     if before and (first != 0).all():
-        relative_low, relative_high = np.percentile(second / first - 1, PERCENTILES).tolist()
+        relative_low, relative_high = interval(second / first - 1)
     if right_or_wrong:
         p, test = _mcnemar(baseline[right_or_wrong], other[right_or_wrong]), "McNemar, exact"
     else:
@@ -131,7 +125,7 @@ def _permuted(baseline: Items, other: Items, metric: Metric) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,
-        batch=max(_DRAWN_AT_ONCE // rows, 1),
+        batch=max(DRAWN_AT_ONCE // rows, 1),
         axis=-1,
         rng=SEED,
     )
@@ -143,14 +137,6 @@ def _scipy() -> Any:
         return importlib.import_module("scipy.stats")
     except ImportError:
         raise ConfigError("paired tests need scipy, which is not installed: pip install 'atp[tasks]'") from None
-
-
-def _draws(rows: int) -> Iterator[NDArray[np.intp]]:
-    """Numbers of drawn rows, `(some resamples, rows)`, the same at every call."""
-    generator = np.random.default_rng(SEED)
-    at_once = max(_DRAWN_AT_ONCE // rows, 1)
-    for first in range(0, RESAMPLES, at_once):
-        yield generator.integers(rows, size=(min(at_once, RESAMPLES - first), rows))
 
 
 def _taken(items: Items, index: NDArray[np.intp]) -> Items:

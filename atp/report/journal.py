@@ -1,15 +1,11 @@
-"""`journal.jsonl`, which a run writes while it trains -> what happened, by step.
+"""A run's journal (`atp.journal`) -> what happened, by step. Lines that make no sense are counted and left out."""
 
-A line is a JSON object of `step` and one of `run`, `log`, `kept`, `held_out`, `alert`. A killed run leaves a cut last
-line, which does not count; other lines that cannot be read are counted and left out.
-"""
-
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from atp.journal import read_lines
 from atp.report.values import finite, mapping_at, number
 
 Series = list[tuple[int, float]]
@@ -62,37 +58,14 @@ def read_journal(path: Path) -> Journal:
     """
     run: Mapping[str, Any] = {}
     lines: dict[str, list[tuple[int, Mapping[str, Any]]]] = {"log": [], "kept": [], "held_out": [], "alert": []}
-    unreadable = 0
-    for text in _whole_lines(path.read_bytes()):
-        step, name, content = _line(text, ("run", *lines))
-        if step is None:
+    entries, unreadable = read_lines(path)
+    for entry in entries:
+        name = next((name for name in ("run", *lines) if name in entry), None)
+        if name is None:
             unreadable += 1
         elif name == "run":
-            run = content
+            run = mapping_at(entry, name)
         else:
-            lines[name].append((step, content))
+            lines[name].append((entry["step"], mapping_at(entry, name)))
     found = {name: tuple(sorted(each, key=lambda line: line[0])) for name, each in lines.items()}
     return Journal(run, found["log"], found["kept"], found["held_out"], found["alert"], unreadable)
-
-
-def _whole_lines(content: bytes) -> list[bytes]:
-    """All lines, the last one only if it is whole: it ends, or it can be read."""
-    head, _, last = content.rpartition(b"\n")
-    lines = [line for line in head.split(b"\n") if line.strip()]
-    return [*lines, last] if last.strip() and _parsed(last) is not None else lines
-
-
-def _line(text: bytes, names: tuple[str, ...]) -> tuple[int | None, str, Mapping[str, Any]]:
-    parsed = _parsed(text)
-    step = finite(parsed.get("step")) if isinstance(parsed, dict) else None
-    for name in names if step is not None else ():
-        if isinstance(parsed, dict) and name in parsed:
-            return int(step or 0), name, mapping_at(parsed, name)
-    return None, "", {}
-
-
-def _parsed(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -9,11 +9,13 @@ from typing import Any
 import yaml
 
 from atp.errors import DataError
+from atp.journal import JOURNAL
 from atp.report.journal import Journal, read_journal
 from atp.report.values import at, finite, flat, mapping_at, number_at, text_at
 from atp.strategies import DENSE, FREEZE_AT
 
-METRICS, JOURNAL, RECIPE = "metrics.json", "journal.jsonl", "recipe.yaml"
+METRICS, RECIPE = "metrics.json", "recipe.yaml"
+RECOVERY = Path("recovered", "recovery.json")
 _MEANS_NOTHING = ("output_dir", "training.seed", "atp.seed")
 """Settings by which two runs of the same experiment may differ."""
 
@@ -24,7 +26,7 @@ class Record:
 
     `metrics`: as `atp train` writes them, or one row of a comparison or of `atp eval`. `notes`: sentences about what is
     missing or damaged. `when`: seconds since the epoch at which it last wrote. `comparison`: the file of rows that it
-    is one of.
+    is one of. `recovery`: what `atp recover` did to the model that came out.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Record:
     notes: tuple[str, ...] = ()
     when: float | None = None
     comparison: str | None = None
+    recovery: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def finished(self) -> bool:
@@ -99,9 +102,10 @@ def read_run(folder: Path) -> Record:
     metrics, _ = _read(folder / METRICS, json.loads, "the run has not finished: no final measurements", notes)
     recipe, text = _read(folder / RECIPE, yaml.safe_load, "no configuration can be shown", notes)
     journal = _journal(folder / JOURNAL, notes)
+    recovery = _recovery(folder / RECOVERY, notes)
     times = [path.stat().st_mtime for name in (METRICS, JOURNAL, RECIPE) if (path := folder / name).is_file()]
     name = folder.resolve().name or str(folder)
-    return Record(name, metrics, recipe, text, journal, tuple(notes), times[0])
+    return Record(name, metrics, recipe, text, journal, tuple(notes), times[0], recovery=recovery)
 
 
 def _journal(path: Path, notes: list[str]) -> Journal:
@@ -116,6 +120,11 @@ def _journal(path: Path, notes: list[str]) -> Journal:
     if journal.unreadable:
         notes.append(f"{path.name}: {journal.unreadable} line(s) could not be read and are left out")
     return journal
+
+
+def _recovery(path: Path, notes: list[str]) -> Mapping[str, Any]:
+    """Few runs are recovered: nothing is said where there is none."""
+    return _read(path, json.loads, "what recovery did cannot be shown", notes)[0] if path.is_file() else {}
 
 
 def _read(

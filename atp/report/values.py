@@ -31,6 +31,11 @@ def text_at(values: Any, *path: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def flag(value: Any) -> bool | None:
+    """Yes or no, or `None` for what is neither."""
+    return value if isinstance(value, bool) else None
+
+
 def number(value: Any) -> float | None:
     """A number, or `None` for what is none. Yes and no are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):

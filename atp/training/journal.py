@@ -1,16 +1,6 @@
-"""A run's journal: `journal.jsonl` in its output folder, one JSON object a line, written while it trains.
+"""Writing a run's journal (`atp.journal`) while it trains.
 
-Every line has `step`, the optimizer step, and one of:
-
-run        what there is to prune and when: `sizes` (groups of every set) and `blocks` (its block's number, or null), by
-           kind, `total_steps`, `start_step`, `freeze_step`, `sparsity`, `space`, `parameters`, `prunable_parameters`
-log        the Trainer's log as it was: loss, learning_rate, eval_loss, and our figures under `atp/`
-kept       groups that every set keeps, by kind, in the order of `sizes`
-held_out   log-perplexity (nats a token) on the same `rows`: `dense` with nothing pruned, `pruned` as decided by then
-alert      `name`, `message`, `value`
-
-A number that is not finite is null. A line may be cut where a run was killed. Nothing saved depends on this file: where
-it cannot be written, one warning says so and training goes on.
+Nothing saved depends on it: where it cannot be written, one warning says so and training goes on.
 """
 
 import json
@@ -22,8 +12,7 @@ from typing import Any
 
 from atp.errors import CheckpointError, in_one_line
 from atp.files import file_written_beside
-
-JOURNAL = "journal.jsonl"
+from atp.journal import JOURNAL, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +36,7 @@ class Journal:
         """
         if not self._writes:
             return []
-        kept = [entry for entry in entries(self._file) if entry["step"] <= step] if step > 0 else []
+        kept = self._up_to(step) if step > 0 else []
         try:
             with file_written_beside(self._file) as beside:
                 beside.write_text("".join(map(_line, kept)), encoding="utf-8")
@@ -65,26 +54,15 @@ class Journal:
         except OSError as error:
             self._give_up(error)
 
+    def _up_to(self, step: int) -> list[dict[str, Any]]:
+        try:
+            return [entry for entry in read_lines(self._file)[0] if entry["step"] <= step]
+        except OSError:
+            return []
+
     def _give_up(self, error: Exception) -> None:
         self._writes = False
         logger.warning("atp: %s is not written from here on: %s", self._file, in_one_line(error))
-
-
-def entries(file: Path) -> list[dict[str, Any]]:
-    """Lines of a journal that can be read, in order; none where there is no such file."""
-    try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            found.append(entry)
-    return found
 
 
 def _line(entry: Mapping[str, Any]) -> str:

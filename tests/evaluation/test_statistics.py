@@ -7,7 +7,8 @@ from sklearn.metrics import f1_score
 
 from atp.errors import DataError
 from atp.evaluation.metrics import bits_per_byte, macro_f1, mean_of, token_perplexity
-from atp.evaluation.statistics import RESAMPLES, compare, estimate
+from atp.evaluation.statistics import compare, estimate
+from atp.resampling import RESAMPLES
 
 RNG = np.random.default_rng(7)
 ROWS = 60

@@ -174,8 +174,53 @@ def recipe(**atp):
     }
 
 
-def run(folder: Path, lines=None, measured=None, settings=None):
-    """A whole folder; `lines`, `measured` and `settings` replace what is written, `False` leaves a file out."""
+def recovery(blocks=BLOCKS, kept=True, undone=(3, 17), other=True, seed=0):
+    """What `atp recover` leaves: errors that grow with depth and fall, on held-out text less than on calibration's."""
+    rng = random.Random(seed)
+
+    def errors(block, share, gap):
+        calibration = 0.004 * math.exp(3.2 * block / blocks) * share * rng.uniform(0.85, 1.15)
+        gap *= rng.uniform(0.5, 1.5)
+        values = {"calibration": calibration, "held_out": calibration * (1 + gap), "other": calibration * (1 + 3 * gap)}
+        return {text: {"error": 50 * v, "relative": v} for text, v in values.items() if other or text != "other"}
+
+    def texts(nll, kl):
+        values = {"held_out": (nll, kl), "other": (nll + 0.6, kl * 1.8)}
+        return {
+            text: {"nll": n, "perplexity": math.exp(n), "kl": k}
+            for text, (n, k) in values.items()
+            if other or text != "other"
+        }
+
+    used = {"sources": ["data/pubmedqa/train.jsonl"], "windows": 64, "tokens": 16_384, "fingerprint": FINGERPRINT}
+    return {
+        "method": "br+gp",
+        "settings": {"epochs": 10, "learning_rate": 1e-4},
+        "teacher": "runs/medical",
+        "student": "runs/medical/pruned",
+        "data": {"calibration": used, "held_out": used | {"windows": 32}, "other": None},
+        "blocks": [
+            {
+                "block": block,
+                "before": errors(block, 1.0, 0.08),
+                "after": errors(block, 0.5, 0.35),
+                "kept": block not in undone,
+                "seconds": 1.2,
+            }
+            for block in range(blocks)
+        ],
+        "overall": {"before": texts(3.18, 0.31), "after": texts(3.02, 0.17), "kept": kept},
+        "versions": {"torch": "2.13.0"},
+        "seconds": 412.3,
+        "peak_memory_mib": 2210.4,
+    }
+
+
+def run(folder: Path, lines=None, measured=None, settings=None, recovered=None):
+    """A whole folder; `lines`, `measured` and `settings` replace what is written, `False` leaves a file out.
+
+    `recovered`: what recovery left; nothing, unless given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if lines is not False:
         written = [*journal(), ALERT] if lines is None else lines
@@ -184,4 +229,7 @@ def run(folder: Path, lines=None, measured=None, settings=None):
         (folder / "metrics.json").write_text(json.dumps(metrics() if measured is None else measured))
     if settings is not False:
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe() if settings is None else settings, sort_keys=False))
+    if recovered is not None:
+        (folder / "recovered").mkdir(exist_ok=True)
+        (folder / "recovered" / "recovery.json").write_text(json.dumps(recovered))
     return folder

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(browser.PATH is None, reason="no Chromium is ins
 def pages(tmp_path_factory):
     """A run's page, and one of a comparison's rows with two runs beside them."""
     folder = tmp_path_factory.mktemp("pages")
-    run = folders.run(folder / "run")
+    run = folders.run(folder / "run", recovered=folders.recovery())
     other = folders.run(folder / "other", False, folders.metrics(0.8, 20.0, 0.6, "ffff"))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     records, failed = read_sources([run, other, folder / "rows.jsonl"])

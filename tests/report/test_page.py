@@ -47,7 +47,7 @@ def page_of(folder):
 def page(tmp_path_factory):
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
-    return page_of(folders.run(tmp_path_factory.mktemp("report") / "run"))
+    return page_of(folders.run(tmp_path_factory.mktemp("report") / "run", recovered=folders.recovery()))
 
 
 def test_the_headline_holds_what_was_measured(tmp_path, monkeypatch):

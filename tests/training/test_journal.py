@@ -3,9 +3,8 @@
 import json
 import logging
 
-import pytest
-
-from atp.training.journal import JOURNAL, Journal, entries
+from atp.journal import JOURNAL
+from atp.training.journal import Journal
 
 
 def lines(folder):
@@ -58,9 +57,6 @@ def test_where_it_cannot_be_written_training_goes_on_and_is_told_once(tmp_path, 
     assert "is not written from here on" in caplog.messages[0]
 
 
-@pytest.mark.parametrize("line", ["", "[]", "{}", '{"step": "1"}', "\x00\xff", '{"step": 1'])
-def test_lines_that_are_none_are_passed_over(tmp_path, line):
-    file = tmp_path / JOURNAL
-    file.write_text(f'{{"step": 0, "log": {{}}}}\n{line}\n{{"step": 2, "log": {{}}}}\n', encoding="utf-8")
-    assert [entry["step"] for entry in entries(file)] == [0, 2]
-    assert entries(tmp_path / "none") == []
+def test_a_resumed_run_without_one_begins_it(tmp_path):
+    assert Journal(tmp_path, writes=True).begin(3) == []
+    assert lines(tmp_path) == []

@@ -16,7 +16,7 @@ from typing import Any
 import atp
 from atp.commands.comparison import bound
 from atp.commands.comparison.plan import Run, identity
-from atp.commands.output import write_text
+from atp.files import write_text
 
 _WEIGHTS = ("checkpoint-*", "final", "pruned")
 _LOG = "train.log"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from atp.commands.output import write_text
 from atp.errors import CheckpointError
+from atp.files import write_text
 
 
 def read_journal(path: Path) -> dict[str, dict[str, Any]]:

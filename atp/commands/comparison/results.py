@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atp.commands.output import print_table, write_bytes, write_json, write_text
+from atp.commands.output import print_table
+from atp.files import write_bytes, write_json, write_text
 from atp.report import (
     Cell,
     PlotsUnavailableError,

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from atp.commands.output import write_json
 from atp.errors import CheckpointError
+from atp.files import write_json
 from atp.recovery.streams import STREAMS
 
 _SETTINGS = "settings.json"

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atp.data import TaskRow, fingerprint
 from atp.errors import DataError
 from atp.evaluation.metrics import METRICS
-from atp.evaluation.statistics import PERCENTILES, RESAMPLES, SEED
 from atp.evaluation.tasks.harness import evaluate, harnessed, part, protocol, truncated
 from atp.evaluation.tasks.score import TaskScore, scored
+from atp.resampling import PERCENTILES, RESAMPLES, SEED
 
 _ROUGE = tuple(METRICS["generation"])
 

@@ -6,18 +6,20 @@ without items, where the two scores' intervals do not overlap. A perplexity is w
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-import numpy
+import numpy as np
 
 from atp.report.page.tasks import Score
 from atp.report.page.texts import short
 from atp.report.page.variants import Variant
 from atp.report.record import Record
 from atp.report.values import at, finite, lower_is_better, mapping_at
+from atp.resampling import interval, resampled
 
 PERPLEXITY_TOLERANCE = 0.03
 _DRAWS = 2_000
+"""Fewer than an evaluation's, for every run of a page on every task is compared."""
+
 _FILES = ("train", "validation", "train_split", "validation_split", "tasks")
 
 
@@ -62,7 +64,8 @@ def _worse(task: str, now: Score, before: Score, variant: Variant, baseline: Var
         return "not finite" if math.isfinite(before.value) else None
     items = [_items(each, task, now.metric) for each in (variant, baseline)]
     if items[0] and items[1] and len(items[0]) == len(items[1]) and not _differ(variant, baseline, f"tasks/{task}"):
-        _, high = _paired_interval(sign * (numpy.array(items[0]) - numpy.array(items[1])))
+        change = sign * (np.array(items[0]) - np.array(items[1]))
+        _, high = interval(resampled(lambda index: change[index].mean(axis=1), len(change), _DRAWS))
         return f"paired over {len(items[0]):,} items" if high < 0 else None
     if None in (now.low, now.high, before.low, before.high):
         return None
@@ -75,13 +78,6 @@ def _items(variant: Variant, task: str, metric: str) -> list[float] | None:
     given = at(variant.first.metrics, "tasks", task, "items", metric) if len(variant.records) == 1 else None
     values = [finite(value) for value in given] if isinstance(given, list) else []
     return [value for value in values if value is not None] if values and None not in values else None
-
-
-def _paired_interval(differences: "numpy.ndarray[Any, Any]") -> tuple[float, float]:
-    """95 % bootstrap interval of a mean, from the same draws every time."""
-    draws = numpy.random.default_rng(0).integers(0, len(differences), (_DRAWS, len(differences)))
-    low, high = numpy.percentile(differences[draws].mean(axis=1), (2.5, 97.5))
-    return float(low), float(high)
 
 
 def _differ(one: Variant, other: Variant, name: str) -> bool:

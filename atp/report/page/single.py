@@ -6,6 +6,7 @@ from atp.report.page.about import about_section, alerts_section, samples_section
 from atp.report.page.headline import headline, models_of, tiles
 from atp.report.page.parts import Page, Section
 from atp.report.page.places import places_section
+from atp.report.page.recovery import recovery_section
 from atp.report.page.tasks import tasks_section
 from atp.report.page.texts import share, short
 from atp.report.page.training import training_section
@@ -21,6 +22,7 @@ def run_page(record: Record) -> Page:
         Section("headline", "Headline", tables=(table,) if table else (), tiles=tiles(table)),
         alerts_section(record.journal),
         tasks_section([(model.name, dict(model.scores)) for model in models if model.scores]),
+        recovery_section(record.recovery),
         widths_section(record.journal),
         training_section(record.journal),
         places_section([(model.name, model.cost) for model in models if model.cost]),

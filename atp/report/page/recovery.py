@@ -1,0 +1,90 @@
+"""What recovery did to a pruned model: whether it was kept, and quality before and after."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from atp.report.page.block_errors import CALIBRATION, TEXTS, TIMES, Block, error_charts, read_blocks
+from atp.report.page.parts import Section, Table, Value
+from atp.report.page.texts import compared, short
+from atp.report.values import at, flag, mapping_at, number_at, text_at
+
+_MEASURES = {"perplexity": "perplexity", "nll": "nll, nats per token", "kl": "KL from the teacher, nats per token"}
+_CHARACTERS, _FOLDED = 120, 20_000
+"""How much is shown at most, so that no file makes a page too large."""
+
+
+def recovery_section(recovery: Mapping[str, Any]) -> Section:
+    """What `recovery.json` holds; empty where there is none."""
+    section = Section("recovery", "Recovery")
+    if not recovery:
+        return section
+    blocks, quality, made = read_blocks(recovery), _quality(recovery), _made(recovery)
+    return Section(
+        section.anchor,
+        section.title,
+        " ".join(text for text in (_sentence(recovery, blocks), _took(recovery)) if text),
+        tables=(quality,) if quality else (),
+        charts=error_charts(blocks),
+        folded=(("How it was recovered (recovery.json)", made),) if made else (),
+    )
+
+
+def _sentence(recovery: Mapping[str, Any], blocks: Sequence[Block]) -> str:
+    """What was done, and whether it was kept."""
+    method, student, teacher = (_cut(text_at(recovery, key)) for key in ("method", "student", "teacher"))
+    words = [f"Recovery by {method}" if method else "Recovery"]
+    words += [f"of {student}"] if student else []
+    words += [f"with {teacher} as its teacher"] if teacher else []
+    words += [f"on {text}"] if (text := _text_used(mapping_at(recovery, "data", CALIBRATION))) else []
+    kept = flag(at(recovery, "overall", "kept"))
+    told = [block.kept for block in blocks if block.kept is not None]
+    outcome = [] if kept is None else ["the result was kept" if kept else "the result was rolled back"]
+    outcome += [f"block by block, {sum(told)} of {len(told)} were kept"] if told else []
+    return f"{' '.join(words)}: {'; '.join(outcome) or 'whether it was kept is not recorded'}."
+
+
+def _text_used(data: Mapping[str, Any]) -> str:
+    """`16,384 tokens of a.jsonl`."""
+    given, tokens = at(data, "sources"), number_at(data, "tokens")
+    sources = _cut(", ".join(name for name in given if isinstance(name, str)) if isinstance(given, list) else None)
+    count = "" if tokens is None else f"{tokens:,.0f} tokens"
+    return f"{count} of {sources}" if count and sources else count or sources
+
+
+def _took(recovery: Mapping[str, Any]) -> str:
+    seconds, memory = number_at(recovery, "seconds"), number_at(recovery, "peak_memory_mib")
+    parts = [] if seconds is None else [f"{short(seconds)} s"]
+    parts += [] if memory is None else [f"{short(memory)} MiB at its peak"]
+    return f"It took {' and '.join(parts)}." if parts else ""
+
+
+def _quality(recovery: Mapping[str, Any]) -> Table | None:
+    """A row a text and measure, after against before; `None` where nothing was measured."""
+    rows = []
+    for text, title in TEXTS.items():
+        for measure, words in _MEASURES.items():
+            before, after = (number_at(recovery, "overall", time, text, measure) for time in TIMES)
+            if before is not None or after is not None:
+                rows.append(
+                    (Value(f"{title}, {words}"), Value(short(before)), compared(short(after), after, before, True))
+                )
+    if not rows:
+        return None
+    undone = flag(at(recovery, "overall", "kept")) is False
+    note = "Rolled back: the model is as it was before." if undone else ""
+    return Table("Before and after recovery", ("", *TIMES), tuple(rows), note)
+
+
+def _made(recovery: Mapping[str, Any]) -> str:
+    """All but what was measured, as it stands in the file."""
+    told = {key: value for key, value in recovery.items() if key not in ("blocks", "overall")}
+    try:
+        text = json.dumps(told, indent=2) if told else ""
+    except RecursionError:
+        return ""
+    return text if len(text) <= _FOLDED else f"{text[:_FOLDED]}\n... cut here: the rest is in recovery.json"
+
+
+def _cut(text: str | None) -> str:
+    return "" if text is None else text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} ..."
