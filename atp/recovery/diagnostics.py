@@ -7,12 +7,10 @@ held-out text too, and on text of another domain where there is some.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
-from transformers import PreTrainedModel
+from torch.nn.functional import kl_div, nll_loss
 
 CHUNK = 256
 """Tokens whose distributions are held at a time."""
@@ -52,20 +50,23 @@ def stream_error(stream: Iterable[Tensor], truth: Iterable[Tensor]) -> Error:
     return Error(square / (tokens * features), relative / tokens)
 
 
-@torch.no_grad()
-def quality(model: PreTrainedModel, teacher: PreTrainedModel, batches: list[Tensor], device: str) -> Quality:
-    """Of `model`, on windows of ids, `(rows, tokens)`."""
-    nll, kl, tokens = 0.0, 0.0, 0
-    for row in (row for ids in batches for row in ids[:, None].to(device)):
-        logits, wanted = (_logits(each, row) for each in (model, teacher))
-        for own, truth, label in zip(*(part.split(CHUNK) for part in (logits, wanted, row[0, 1:])), strict=True):
+class QualitySum:
+    """Sums over tokens, a row of ids at a time."""
+
+    def __init__(self) -> None:
+        self._nll, self._kl, self._tokens = 0.0, 0.0, 0
+
+    def add(self, ids: Tensor, logits: Tensor, teachers: Tensor) -> None:
+        """One more row: ids, `(tokens,)`, and both models' logits, `(tokens, vocabulary)`."""
+        for own, truth, label in zip(
+            logits[:-1].split(CHUNK), teachers[:-1].split(CHUNK), ids[1:].split(CHUNK), strict=True
+        ):
             q, p = own.float().log_softmax(-1), truth.float().log_softmax(-1)
-            nll += cross_entropy(own.float(), label, reduction="sum").double().item()
-            kl += kl_div(q, p, reduction="sum", log_target=True).double().item()
-        tokens += row.shape[1] - 1
-    return Quality(nll / tokens, math.exp(min(nll / tokens, 700.0)), kl / tokens)
+            self._nll += nll_loss(q, label, reduction="sum").double().item()
+            self._kl += kl_div(q, p, reduction="sum", log_target=True).double().item()
+        self._tokens += len(ids) - 1
 
-
-def _logits(model: PreTrainedModel, row: Tensor) -> Tensor:
-    output: Any = model(input_ids=row, use_cache=False)
-    return output.logits[0, :-1]
+    def mean(self) -> Quality:
+        """Of all rows."""
+        nll = self._nll / self._tokens
+        return Quality(nll, math.exp(min(nll, 700.0)), self._kl / self._tokens)

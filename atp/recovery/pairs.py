@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from atp.errors import UnsupportedModelError
-from atp.passes import block_calls, first_output
+from atp.passes import block_calls, first_output, forwards_replaced
 from atp.structure.discovery import Block, discover
 from atp.structure.live import causal_lm
 
@@ -22,11 +22,13 @@ class Half:
     """One model: its blocks, and what each is called with beside hidden states, by how many rows there are.
 
     Rows are windows of the same length, without padding, so that nothing else tells one call from another.
+    `in_tuple`: whether blocks give their hidden states in a tuple.
     """
 
     lm: PreTrainedModel
     blocks: Sequence[nn.Module]
     calls: Mapping[int, Sequence[tuple[tuple[Any, ...], dict[str, Any]]]]
+    in_tuple: bool
 
     def opening(self, ids: Tensor) -> Tensor:
         """Hidden states before the first block, `(rows, tokens, hidden)`, on the CPU."""
@@ -37,6 +39,15 @@ class Half:
         """One block."""
         args, kwargs = self.arguments(index, hidden)
         return first_output(self.blocks[index], hidden, args, kwargs)
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """`(tokens, vocabulary)`, of `hidden`, the states after its last block, and one row of ids."""
+
+        def instead(_index: int, _own: Any) -> Any:
+            return lambda *_args, **_kwargs: (hidden,) if self.in_tuple else hidden
+
+        with forwards_replaced(self.blocks, instead):
+            return _forward(self.lm, ids).logits[0]
 
     def arguments(self, index: int, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the block is called with beside `hidden`, where that is and of its dtype."""
@@ -98,8 +109,11 @@ def _half(lm: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Tensor
     lm.eval()
     modules = [lm.get_submodule(block.path) for block in blocks]
     found = {len(ids): block_calls(modules, partial(_forward, lm), [ids])[0][0] for ids in batches}
-    return Half(lm, modules, {rows: calls.of_block for rows, calls in found.items()})
+    any_calls = next(iter(found.values()))
+    args, kwargs = any_calls.of_block[0]
+    in_tuple = isinstance(modules[0](any_calls.hidden, *args, **kwargs), tuple)
+    return Half(lm, modules, {rows: calls.of_block for rows, calls in found.items()}, in_tuple)
 
 
-def _forward(lm: PreTrainedModel, ids: Tensor) -> object:
+def _forward(lm: PreTrainedModel, ids: Tensor) -> Any:
     return lm(input_ids=ids, use_cache=False)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from atp.errors import CalibrationError
 from atp.recovery.blockwise import train_blocks
-from atp.recovery.diagnostics import Error, Quality, quality, stream_error
+from atp.recovery.diagnostics import Error, Quality, QualitySum, stream_error
 from atp.recovery.layerwise import refit_writers
 from atp.recovery.pairs import Half, pair
 from atp.recovery.settings import RecoverySettings
@@ -31,7 +31,7 @@ from atp.recovery.streams import Stream
 CALIBRATION, HELD_OUT, OTHER = "calibration", "held_out", "other"
 
 PROBED = 32
-"""Windows of each text on which blocks' errors are taken."""
+"""Windows of calibration text on which blocks' errors are taken, of those fitted to; of other texts they are on all."""
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,9 @@ _TIMES = ("before", "after")
 
 @dataclass(eq=False)
 class _Probe:
-    """One text on its way: the teacher's stream, the student's as it was before recovery, and as it is now."""
+    """One text on its way: ids, the teacher's stream, the student's as it was before recovery, and as it is now."""
 
+    batches: list[Tensor]
     truth: Stream
     before: Stream
     after: Stream
@@ -163,26 +164,24 @@ class _Recovery:
         self._settings, self._work, self._device = settings, work, device
         self._shelf = Shelf(work)
         batches = {name: list(ids.split(settings.batch_size)) for name, ids in texts.by_name().items()}
-        self._texts = {name: batches[name] for name in batches if name != CALIBRATION}
-        probed = {name: _probed(ids).split(settings.batch_size) for name, ids in texts.by_name().items()}
+        probed = batches | {CALIBRATION: list(_spread(texts.calibration, PROBED).split(settings.batch_size))}
         every = [ids for each in (*batches.values(), *probed.values()) for ids in each]
         self._pair = pair(teacher, student, list({len(ids): ids for ids in every}.values()), device)
         self._fitted = Stream.opening(self._pair.student, batches[CALIBRATION], work)
         self._truth = Stream.opening(self._pair.teacher, batches[CALIBRATION], work) if settings.propagates else None
-        self._probes = {name: self._probe(list(each)) for name, each in probed.items()}
+        self._probes = {name: self._probe(each) for name, each in probed.items()}
         self._kept: dict[int, bool] = {}
         self._seconds: dict[int, float] = {}
 
     def run(self, quiet: bool) -> Outcome:
         """All of it."""
-        before = self._quality()
         blocks: list[BlockOutcome] = []
         windows = _windows(len(self._pair.blocks), self._settings.crosses)
         for window in tqdm(windows, desc="atp: recovering blocks", unit="block", leave=False, disable=quiet):
             with self._pair.placed(*window.blocks):
                 self._window(window)
                 blocks += [self._pass(index) for index in range(window.first, window.following)]
-        after = self._quality()
+        before, after = self._qualities()
         better = after[HELD_OUT].nll < before[HELD_OUT].nll
         kept = better or not self._settings.keep_best
         if not kept:
@@ -278,17 +277,33 @@ class _Recovery:
 
     def _probe(self, batches: list[Tensor]) -> _Probe:
         student = Stream.opening(self._pair.student, batches, self._work)
-        return _Probe(Stream.opening(self._pair.teacher, batches, self._work), student.copy(self._work), student)
+        truth = Stream.opening(self._pair.teacher, batches, self._work)
+        return _Probe(batches, truth, student.copy(self._work), student)
 
-    def _quality(self) -> dict[str, Quality]:
-        teacher, student = models = self._pair.teacher.lm, self._pair.student.lm
+    def _qualities(self) -> tuple[dict[str, Quality], dict[str, Quality]]:
+        """Before and after, of every text but calibration; streams are past the last block."""
+        models = (self._pair.teacher.lm, self._pair.student.lm)
         try:
             for lm in models:
                 lm.to(self._device)
-            return {name: quality(student, teacher, batches, self._device) for name, batches in self._texts.items()}
+            found = {name: self._quality(probe) for name, probe in self._probes.items() if name != CALIBRATION}
         finally:
             for lm in models:
                 lm.to("cpu")
+        before, after = ({name: each[index] for name, each in found.items()} for index in (0, 1))
+        return before, after
+
+    def _quality(self, probe: _Probe) -> tuple[Quality, Quality]:
+        teacher, student = self._pair.teacher, self._pair.student
+        before, after = QualitySum(), QualitySum()
+        for ids, *streams in zip(probe.batches, probe.truth, probe.before, probe.after, strict=True):
+            for row, *states in zip(*(part.to(self._device).split(1) for part in (ids, *streams)), strict=True):
+                truth, was, now = (
+                    half.logits(row, state) for half, state in zip((teacher, student, student), states, strict=True)
+                )
+                before.add(row[0], was, truth)
+                after.add(row[0], now, truth)
+        return before.mean(), after.mean()
 
 
 def _windows(blocks: int, crossing: bool) -> Sequence[_Window]:
@@ -298,9 +313,9 @@ def _windows(blocks: int, crossing: bool) -> Sequence[_Window]:
     return [_Window(max(i - 1, 0), i, i if i < blocks - 1 else blocks) for i in range(blocks)]
 
 
-def _probed(ids: Tensor) -> Tensor:
-    """At most `PROBED` windows, evenly spread."""
-    count = min(len(ids), PROBED)
+def _spread(ids: Tensor, most: int) -> Tensor:
+    """At most so many windows, at equal distances."""
+    count = min(len(ids), most)
     return ids[[index * len(ids) // count for index in range(count)]]
 
 
