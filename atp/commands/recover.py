@@ -33,8 +33,8 @@ from atp.loading import adapter_folder, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES, ModelSettings, Recipe
 from atp.recovery import METHODS, Outcome, RecoverySettings, recover
-from atp.recovery.recovering import CALIBRATION, HELD_OUT, OTHER
 from atp.recovery.settings import TRAINS
+from atp.recovery.texts import CALIBRATION, HELD_OUT, OTHER
 
 RECOVERY = "recovery.json"
 _EPILOG = """\

@@ -42,8 +42,9 @@ def stream_error(stream: Iterable[Tensor], truth: Iterable[Tensor]) -> Error:
     """The error of `stream`, batches of `(rows, tokens, hidden)`."""
     square, relative, tokens, features = 0.0, 0.0, 0, 1
     for ours, theirs in zip(stream, truth, strict=True):
-        off = (ours.float() - theirs.float()).square().sum(-1)
-        size = theirs.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        wanted = theirs.to(ours.device).float()
+        off = (ours.float() - wanted).square().sum(-1)
+        size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         square += off.sum(dtype=torch.float64).item()
         relative += (off / size).sum(dtype=torch.float64).item()
         tokens, features = tokens + off.numel(), ours.shape[-1]

@@ -4,101 +4,32 @@ Reconstruction as Shin et al. (EMNLP 2024) tell it: blocks are fitted in their o
 fitted, make of the text. Two models lie on the CPU; the one or two blocks at work, and a batch, are where they compute.
 """
 
-import dataclasses
-import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from atp.errors import CalibrationError
 from atp.recovery.blockwise import train_blocks
-from atp.recovery.diagnostics import Error, Quality, QualitySum, stream_error
+from atp.recovery.diagnostics import Quality, QualitySum, stream_error
 from atp.recovery.layerwise import refit_writers
+from atp.recovery.outcome import BlockOutcome, Outcome
 from atp.recovery.pairs import Half, pair
 from atp.recovery.settings import RecoverySettings
 from atp.recovery.shelf import Shelf
 from atp.recovery.streams import Stream
-
-CALIBRATION, HELD_OUT, OTHER = "calibration", "held_out", "other"
+from atp.recovery.texts import CALIBRATION, HELD_OUT, Texts
 
 PROBED = 32
 """Windows of calibration text on which blocks' errors are taken, of those fitted to; of other texts they are on all."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Texts:
-    """Windows of ids, `(windows, tokens)`, all of the same length.
-
-    `calibration` is fitted to, `held_out` decides what is kept, `other`, of another domain, is looked at only.
-
-    Raises:
-        CalibrationError: where a window is in two of them.
-    """
-
-    calibration: Tensor
-    held_out: Tensor
-    other: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        named = self.by_name()
-        hashes = {name: {hashlib.sha256(row.numpy().tobytes()).digest() for row in ids} for name, ids in named.items()}
-        for name in (HELD_OUT, OTHER):
-            if shared := len(hashes[CALIBRATION] & hashes.get(name, set())):
-                raise CalibrationError(
-                    f"{shared} window(s) are in both the {CALIBRATION} and the {name.replace('_', '-')} text, so that "
-                    "recovery would be judged by what it was fitted to: remove them from one of the two"
-                )
-
-    def by_name(self) -> dict[str, Tensor]:
-        """Those that there are."""
-        found = {CALIBRATION: self.calibration, HELD_OUT: self.held_out, OTHER: self.other}
-        return {name: ids for name, ids in found.items() if ids is not None}
-
-
-@dataclass(frozen=True)
-class BlockOutcome:
-    """Of one block: errors of the stream after it, by text, without recovery and with; and what it took."""
-
-    block: int
-    before: dict[str, Error]
-    after: dict[str, Error]
-    kept: bool
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """`before`, `after`: of the whole model, by text; `kept`: whether the model is now what recovery made of it.
-
-    Where it is not, `after`, and that of blocks, say what was tried.
-    """
-
-    blocks: tuple[BlockOutcome, ...]
-    before: dict[str, Quality]
-    after: dict[str, Quality]
-    kept: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values: `blocks`, and `overall`."""
-        overall = {name: {k: dataclasses.asdict(q) for k, q in getattr(self, name).items()} for name in _TIMES}
-        return {
-            "blocks": [dataclasses.asdict(block) for block in self.blocks],
-            "overall": overall | {"kept": self.kept},
-        }
-
-
-_TIMES = ("before", "after")
 
 
 @dataclass(eq=False)
@@ -259,8 +190,8 @@ class _Recovery:
             probe.before.pass_on(student)
         _load(block, made)
         before, after = (
-            {name: stream_error(getattr(probe, time_), probe.truth) for name, probe in self._probes.items()}
-            for time_ in _TIMES
+            {name: stream_error(getattr(probe, when), probe.truth) for name, probe in self._probes.items()}
+            for when in ("before", "after")
         )
         return BlockOutcome(index, before, after, self._kept[index], self._seconds[index])
 

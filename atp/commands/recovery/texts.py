@@ -13,7 +13,7 @@ from atp.errors import ConfigError
 from atp.evaluation import evenly_spread
 from atp.recipe import DataSettings
 from atp.recovery import Texts
-from atp.recovery.recovering import CALIBRATION, HELD_OUT, OTHER
+from atp.recovery.texts import CALIBRATION, HELD_OUT, OTHER
 
 
 @dataclass(frozen=True)
