@@ -18,16 +18,22 @@ Row = dict[str, Any]
 
 
 def part(draw: bool) -> str:
-    """Both tables; `draw`: write the plots, too."""
+    """Both tables and plots, as far as they were measured; `draw`: write the plots, too."""
     methods, curve = read("methods.jsonl"), read("curve.jsonl")
     if draw:
         (HERE / "blocks.png").write_bytes(blocks_plot(methods))
+    lines = [*by_method(methods), "", "![blocks.png](blocks.png)", ""]
+    if curve and draw:
         (HERE / "curve.png").write_bytes(curve_plot(curve))
-    return "\n".join([*by_method(methods), "", *by_size(curve), "", made_with(methods)])
+    if curve:
+        lines += [*by_size(curve), "", "![curve.png](curve.png)", ""]
+    return "\n".join([*lines, made_with(methods)])
 
 
 def read(name: str) -> list[Row]:
-    return [json.loads(line) for line in (RESULTS / name).read_text(encoding="utf-8").splitlines()]
+    """Rows of a file; none where it has not been measured."""
+    file = RESULTS / name
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def by_method(rows: list[Row]) -> list[str]:

@@ -43,6 +43,21 @@ def test_quality_before_and_after_on_both_texts():
     assert len(told(recovery_section(folders.recovery(other=False)))) == 3
 
 
+def test_scores_on_tasks_before_and_after():
+    tasks = {
+        "before": {"pubmedqa": {"metric": "acc", "value": 0.53}, "cases": {"metric": "perplexity", "value": 20.0}},
+        "after": {"pubmedqa": {"metric": "acc", "value": 0.5}, "cases": {"metric": "perplexity", "value": 19.0}},
+    }
+    rows = recovery_section(WHOLE | {"tasks": tasks}).tables[0].rows
+    (accuracy, perplexity) = (
+        [value for row in rows if row[0].text == name for value in row]
+        for name in ("pubmedqa, acc", "cases, perplexity")
+    )
+    assert (accuracy[1].text, accuracy[2].plain, accuracy[2].verdict) == ("0.53", "0.5 (-0.030)", "worse")
+    assert perplexity[2].verdict == "better"
+    assert recovery_section(WHOLE | {"tasks": {"before": {"x": 3}, "after": []}}).tables[0].rows
+
+
 def test_errors_and_gaps_are_those_of_the_blocks():
     blocks = read_blocks(WHOLE)
     errors, gaps = error_charts(blocks)

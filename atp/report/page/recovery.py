@@ -6,8 +6,8 @@ from typing import Any
 
 from atp.report.page.block_errors import CALIBRATION, TEXTS, TIMES, Block, error_charts, read_blocks
 from atp.report.page.parts import Section, Table, Value
-from atp.report.page.texts import compared, short
-from atp.report.values import at, flag, mapping_at, number_at, text_at
+from atp.report.page.texts import compared, moved, short
+from atp.report.values import at, flag, lower_is_better, mapping_at, number_at, text_at
 
 _MEASURES = {"perplexity": "perplexity", "nll": "nll, nats per token", "kl": "KL from the teacher, nats per token"}
 _CHARACTERS, _FOLDED = 120, 20_000
@@ -69,6 +69,7 @@ def _quality(recovery: Mapping[str, Any]) -> Table | None:
                 rows.append(
                     (Value(f"{title}, {words}"), Value(short(before)), compared(short(after), after, before, True))
                 )
+    rows += _scores(recovery)
     if not rows:
         return None
     undone = flag(at(recovery, "overall", "kept")) is False
@@ -76,9 +77,21 @@ def _quality(recovery: Mapping[str, Any]) -> Table | None:
     return Table("Before and after recovery", ("", *TIMES), tuple(rows), note)
 
 
+def _scores(recovery: Mapping[str, Any]) -> list[tuple[Value, ...]]:
+    """A row a task, of those that were scored before and after."""
+    rows: list[tuple[Value, ...]] = []
+    for task in mapping_at(recovery, "tasks", "before"):
+        before, after = (number_at(recovery, "tasks", time, task, "value") for time in TIMES)
+        metric = text_at(recovery, "tasks", "before", task, "metric") or "score"
+        if before is not None:
+            shown = moved(short(after, 3), after, before, lower_is_better(metric))
+            rows.append((Value(_cut(f"{task}, {metric}")), Value(short(before, 3)), shown))
+    return rows
+
+
 def _made(recovery: Mapping[str, Any]) -> str:
     """All but what was measured, as it stands in the file."""
-    told = {key: value for key, value in recovery.items() if key not in ("blocks", "overall")}
+    told = {key: value for key, value in recovery.items() if key not in ("blocks", "overall", "tasks")}
     try:
         text = json.dumps(told, indent=2) if told else ""
     except RecursionError:
