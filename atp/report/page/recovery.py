@@ -77,9 +77,9 @@ def _quality(recovery: Mapping[str, Any]) -> Table | None:
     return Table("Before and after recovery", ("", *TIMES), tuple(rows), note)
 
 
-def _scores(recovery: Mapping[str, Any]) -> list[tuple[Value, ...]]:
+def _scores(recovery: Mapping[str, Any]) -> list[tuple[Value, Value, Value]]:
     """A row a task, of those that were scored before and after."""
-    rows: list[tuple[Value, ...]] = []
+    rows: list[tuple[Value, Value, Value]] = []
     for task in mapping_at(recovery, "tasks", "before"):
         before, after = (number_at(recovery, "tasks", time, task, "value") for time in TIMES)
         metric = text_at(recovery, "tasks", "before", task, "metric") or "score"
