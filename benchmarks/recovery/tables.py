@@ -113,6 +113,7 @@ def blocks_plot(rows: list[Row]) -> bytes:
             _errors(axes, row, "after", row["method"], color)
         axes.set_title(f"{domain}, {sparsity:.0%} removed")
         axes.set_xlabel("block")
+        axes.set_yscale("log")
         axes.set_ylabel("relative error (dashed: calibration)")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
