@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from atp.cli import main
-from atp.recovery import recovering
 from tests import tiny
+from tests.recovery.interruption import cut_at_the_third
 from tests.test_cli import refused
 
 SMALL = ("--length", "16", "--windows", "12", "--held-out-windows", "6", "--batch-size", "4")
@@ -114,15 +114,7 @@ def test_tasks_are_scored_before_and_after(finished, tmp_path):
 def test_an_interrupted_recovery_is_gone_on_with(finished, tmp_path, monkeypatch, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert recover(finished, "--out", whole, "--epochs", "2") == 0
-    fit, calls = recovering._Recovery._fit, []
-
-    def killed(self, *args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return fit(self, *args)
-
-    monkeypatch.setattr(recovering._Recovery, "_fit", killed)
+    calls = cut_at_the_third(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         recover(finished, "--out", cut, "--epochs", "2")
     assert not cut.exists()

@@ -13,6 +13,7 @@ from atp.export import load
 from atp.recovery import METHODS, RecoverySettings, Texts, recover, recovering, streams
 from tests import families
 from tests.export.cases import exported
+from tests.recovery.interruption import cut_at_the_third
 
 LENGTH = 12
 TEXTS = Texts(*(families.tokens(rows, LENGTH, seed) for rows, seed in ((32, 5), (16, 6), (8, 7))))
@@ -163,15 +164,7 @@ def test_an_interrupted_recovery_ends_as_an_uninterrupted_one(tmp_path, monkeypa
         (tmp_path / name).mkdir()
     chosen = settings(method)
     expected = recover(teacher_of("gemma3"), whole, TEXTS, chosen, tmp_path / "whole", quiet=True)
-    fit, calls = recovering._Recovery._fit, []
-
-    def killed(self, *args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return fit(self, *args)
-
-    monkeypatch.setattr(recovering._Recovery, "_fit", killed)
+    calls = cut_at_the_third(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         recover(teacher_of("gemma3"), cut, TEXTS, chosen, tmp_path / "cut", quiet=True)
     cut = student_of("gemma3")
