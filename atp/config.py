@@ -6,13 +6,13 @@ Settings of the LoRA run itself (learning rate, batch size, ...) belong to `Trai
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from atp.checks import number, positive, positive_int, require
 from atp.errors import ConfigError
 
 COMBINING = ("width", "hidden", "depth")
@@ -173,7 +173,7 @@ class ATPConfig:
             object.__setattr__(self, "space", "+".join(str(part) for part in self.space))
         object.__setattr__(self, "space", "+".join(space_parts(self.space)))
         for check in (
-            ("sparsity", _number(self.sparsity) and 0 < self.sparsity < 1, "a number in (0, 1)"),
+            ("sparsity", number(self.sparsity) and 0 < self.sparsity < 1, "a number in (0, 1)"),
             ("decision", self.decision in DECISIONS, f"one of {', '.join(DECISIONS)}"),
             ("mode", self.mode in MODES, f"one of {', '.join(MODES)}"),
             ("init", self.init in (*CRITERIA, "ones"), f"one of {', '.join(CRITERIA)}, ones"),
@@ -181,32 +181,32 @@ class ATPConfig:
             ("compensate", self.compensate in COMPENSATIONS, f"one of {', '.join(COMPENSATIONS)}"),
             ("impl", self.impl in IMPLS, f"one of {', '.join(IMPLS)}"),
             ("on_alert", self.on_alert in ON_ALERT, f"one of {', '.join(ON_ALERT)}"),
-            ("round_to", self.round_to is None or _positive_int(self.round_to), "a positive integer or null"),
+            ("round_to", self.round_to is None or positive_int(self.round_to), "a positive integer or null"),
             (
                 "calibration_batch_size",
-                self.calibration_batch_size is None or _positive_int(self.calibration_batch_size),
+                self.calibration_batch_size is None or positive_int(self.calibration_batch_size),
                 "a positive integer or null",
             ),
             ("protect", _is_protect(self.protect), "two non-negative integers or null"),
-            ("freeze_at", _number(self.freeze_at) and 0 <= self.freeze_at <= 1, "a number in [0, 1]"),
+            ("freeze_at", number(self.freeze_at) and 0 <= self.freeze_at <= 1, "a number in [0, 1]"),
             (
                 "start_at",
-                self.start_at is None or (_number(self.start_at) and 0 <= self.start_at <= self.freeze_at),
+                self.start_at is None or (number(self.start_at) and 0 <= self.start_at <= self.freeze_at),
                 f"a number in [0, freeze_at={self.freeze_at}] or null",
             ),
-            ("init_floor", _number(self.init_floor) and 0 <= self.init_floor <= 1, "a number in [0, 1]"),
-            ("budget_ramp", _number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
-            ("temperature", _positive(self.temperature), "a positive number"),
-            ("temperature_end", _positive(self.temperature_end), "a positive number"),
-            ("generator_lr", _positive(self.generator_lr), "a positive number"),
-            ("init_scale", _positive(self.init_scale), "a positive number"),
-            *((name, _number(getattr(self, name)), "a number") for name in ("logit_bias", "init_tilt")),
+            ("init_floor", number(self.init_floor) and 0 <= self.init_floor <= 1, "a number in [0, 1]"),
+            ("budget_ramp", number(self.budget_ramp) and 0 <= self.budget_ramp <= 1, "a number in [0, 1]"),
+            ("temperature", positive(self.temperature), "a positive number"),
+            ("temperature_end", positive(self.temperature_end), "a positive number"),
+            ("generator_lr", positive(self.generator_lr), "a positive number"),
+            ("init_scale", positive(self.init_scale), "a positive number"),
+            *((name, number(getattr(self, name)), "a number") for name in ("logit_bias", "init_tilt")),
             *(
-                (name, _number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
+                (name, number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
                 for name in ("budget_weight", "distill", "lasso", "noise", "noise_end")
             ),
             *(
-                (name, _positive_int(getattr(self, name)), "a positive integer")
+                (name, positive_int(getattr(self, name)), "a positive integer")
                 for name in (
                     "shots",
                     "generator_every",
@@ -226,7 +226,7 @@ class ATPConfig:
                 for name in ("uniform", "on_budget", "export")
             ),
         ):
-            _require(self, *check)
+            require(self, *check)
         if self.generator_hidden_size % self.generator_heads:
             raise ConfigError(
                 f"generator_hidden_size={self.generator_hidden_size} is not a multiple of "
@@ -343,23 +343,6 @@ def check_keys(values: dict[str, Any], known: set[str], where: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(sorted(known))}"
             raise ConfigError(f"{where}: unknown setting {key!r}: {hint}")
-
-
-def _require(config: ATPConfig, name: str, ok: bool, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{name}={getattr(config, name)!r} is not allowed: it must be {allowed}")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: object) -> bool:
-    return _number(value) and value > 0  # type: ignore[operator]
-
-
-def _positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_protect(value: object) -> bool:

@@ -1,11 +1,10 @@
 """What a recovery is told: the method and its numbers, checked. Defaults are the paper's (Shin et al., EMNLP 2024)."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from atp.errors import ConfigError
+from atp.checks import positive, positive_int, require
 
 METHODS = ("lr", "br", "br+gp", "br+cr", "br+gp+cr")
 TRAINS = ("all", "lora")
@@ -47,16 +46,12 @@ class RecoverySettings:
         for name, ok, allowed in (
             ("method", self.method in METHODS, f"one of {', '.join(METHODS)}"),
             ("train", self.train in TRAINS, f"one of {', '.join(TRAINS)}"),
-            *((name, _positive(getattr(self, name)), "a positive number") for name in ("learning_rate", "ridge")),
-            *(
-                (name, type(getattr(self, name)) is int and getattr(self, name) > 0, "a positive integer")
-                for name in ("epochs", "batch_size", "lora_r")
-            ),
+            *((name, positive(getattr(self, name)), "a positive number") for name in ("learning_rate", "ridge")),
+            *((n, positive_int(getattr(self, n)), "a positive integer") for n in ("epochs", "batch_size", "lora_r")),
             ("keep_best", isinstance(self.keep_best, bool), "true or false"),
             ("seed", type(self.seed) is int and self.seed >= 0, "an integer >= 0"),
         ):
-            if not ok:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}")
+            require(self, name, ok, allowed)
 
     @property
     def propagates(self) -> bool:
@@ -73,7 +68,3 @@ class RecoverySettings:
         unused = {"train", "learning_rate", "epochs", "lora_r"} if self.method == "lr" else {"ridge"}
         unused |= set() if self.train == "lora" else {"lora_r"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
-
-
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

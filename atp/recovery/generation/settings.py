@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from atp.errors import ConfigError
+from atp.checks import require
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,7 @@ class WritingSettings:
 
     def __post_init__(self) -> None:
         for name, least in {"tokens": 1, "greedy_tokens": 0, "batch_size": 1, "attempts": 1, "seed": 0}.items():
-            _require(
-                name, value := getattr(self, name), type(value) is int and value >= least, f"an integer >= {least}"
-            )
-        _require("temperature", self.temperature, 0 < self.temperature < math.inf, "a number > 0")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]")
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name}={value!r} is not allowed: it must be {allowed}")
+            value = getattr(self, name)
+            require(self, name, type(value) is int and value >= least, f"an integer >= {least}")
+        require(self, "temperature", 0 < self.temperature < math.inf, "a number > 0")
+        require(self, "top_p", 0 < self.top_p <= 1, "a number in (0, 1]")
