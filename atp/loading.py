@@ -53,9 +53,7 @@ def load_dense(path: str | Path, *, base: str | None = None, gguf_file: str | No
     Raises:
         CheckpointError, ModelError: as `load`.
     """
-    adapter = adapter_folder(Path(path))
-    if adapter is None:
-        raise CheckpointError(f"{path}: no final/adapter_config.json: give the output folder of a finished run")
+    adapter = adapter_of_run(Path(path))
     model = _with_adapter(adapter, base_of(adapter, base, gguf_file))
     quantised = getattr(model.get_base_model(), "is_quantized", False)
     return model.get_base_model() if quantised else model.merge_and_unload()
@@ -64,6 +62,18 @@ def load_dense(path: str | Path, *, base: str | None = None, gguf_file: str | No
 def adapter_folder(path: Path) -> Path | None:
     """Where the adapter of a run, or of an adapter export, lies; None where there is none."""
     return next((f for f in (path / "final", path / "adapter", path) if (f / _CONFIG).is_file()), None)
+
+
+def adapter_of_run(path: Path) -> Path:
+    """As `adapter_folder`, of a folder that must have one.
+
+    Raises:
+        CheckpointError: where it has none.
+    """
+    adapter = adapter_folder(path)
+    if adapter is None:
+        raise CheckpointError(f"{path}: no final/adapter_config.json: give the output folder of a finished run")
+    return adapter
 
 
 def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None) -> ModelSettings:

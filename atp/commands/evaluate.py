@@ -30,14 +30,11 @@ from atp.data import Row, make_windows, read_rows
 from atp.errors import ConfigError
 from atp.evaluation import (
     Difference,
-    TaskScore,
     model_cost,
     peak_memory_mib,
     perplexity_by_row,
     release_memory,
     reset_peak_memory,
-    score_named,
-    score_task,
 )
 from atp.files import write_json
 from atp.models import load_model, load_tokenizer
@@ -160,22 +157,13 @@ def _measure(name: str, rows: Sequence[Row], tasks: Tasks, arguments: argparse.N
     if windows is not None:
         found, by_row = perplexity_by_row(model, windows, arguments.batch_size)
         result |= dataclasses.asdict(found)
-    scores = _scores(model, tokenizer, tasks, arguments)
+    scores = tasks.scores(model, tokenizer, arguments.batch_size, arguments.task_rows)
     result["peak_memory_mib"] = peak_memory_mib() if measurable else None
     result["tasks"] = {task: dataclasses.asdict(score) for task, score in scores.items()}
     digest = hashlib.sha256(json.dumps(windows[:]).encode()).hexdigest() if windows is not None else None
     del model
     release_memory()
     return Measured(name, result, scores, by_row, digest)
-
-
-def _scores(model: Any, tokenizer: Any, tasks: Tasks, arguments: argparse.Namespace) -> dict[str, TaskScore]:
-    scores = {
-        name: score_task(name, rows, model, tokenizer, arguments.batch_size) for name, rows in tasks.local.items()
-    }
-    if tasks.named:
-        scores |= score_named(tasks.named, model, tokenizer, arguments.batch_size, arguments.task_rows)
-    return scores
 
 
 def _print(found: _Outcome, data: Sequence[str]) -> None:

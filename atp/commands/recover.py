@@ -24,22 +24,22 @@ from atp.commands.recovery.texts import Size, as_windows, read_texts
 from atp.commands.recovery.work import begin, work_folder
 from atp.commands.versions import versions_of
 from atp.errors import CheckpointError, ConfigError, UnsupportedModelError
-from atp.evaluation import TaskScore, peak_memory_mib, reset_peak_memory, score_named, score_task
+from atp.evaluation import peak_memory_mib, reset_peak_memory
 from atp.export import load as load_exported
 from atp.export.card import Result
 from atp.export.reweighting import write_reweighted
 from atp.files import write_json, written_beside
-from atp.loading import adapter_folder, base_of, load_dense
+from atp.loading import adapter_folder, adapter_of_run, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES, ModelSettings, Recipe
 from atp.recovery import METHODS, Outcome, RecoverySettings, recover
 from atp.recovery.settings import TRAINS
 from atp.recovery.texts import CALIBRATION, HELD_OUT, OTHER
+from atp.report.record import RECOVERY
 
-RECOVERY = "recovery.json"
 _EPILOG = """\
 methods:
-  lr        every writer (o_proj, down_proj) by ridge regression; minutes
+  lr        every writer (o_proj, down_proj) by ridge regression, in one look
   br        each block trained to give what the teacher's block gives
   br+gp     each block trained to give what the teacher's stream has there
   +cr       two blocks at a time, each trained twice
@@ -128,9 +128,9 @@ def run(arguments: argparse.Namespace) -> None:
     begin(work, about, arguments.resume, arguments.overwrite)
     measurable = reset_peak_memory()
     teacher, student = _models(arguments, job)
-    scores = _scores(student, tokenizer, tasks)
+    scores = _scores(student, tokenizer, tasks, arguments.task_rows)
     outcome = recover(teacher, student, as_windows(texts), settings, work, best_device())
-    after = _scores(student, tokenizer, tasks) if outcome.kept else scores
+    after = _scores(student, tokenizer, tasks, arguments.task_rows) if outcome.kept else scores
     results = {
         **about,
         **outcome.to_dict(),
@@ -148,15 +148,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _job(arguments: argparse.Namespace) -> _Job:
     folder = Path(arguments.run_dir)
-    adapter = adapter_folder(folder)
-    if adapter is None:
-        raise CheckpointError(f"{folder}: no final/adapter_config.json: give the output folder of a finished run")
+    adapter = adapter_of_run(folder)
     pruned = Path(arguments.pruned or folder / "pruned")
     if not (pruned / "config.json").is_file():
         raise CheckpointError(
             f"{pruned}: no exported model here: give --pruned, or write one with: atp export {folder} {pruned}"
         )
-    out = Path(arguments.out or folder / "recovered")
+    out = Path(arguments.out or folder / RECOVERY.parent)
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: give --overwrite, or another --out")
     if pruned.resolve() == out.resolve():
@@ -187,13 +185,12 @@ def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, 
     return teacher, student
 
 
-def _scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks) -> dict[str, Any]:
+def _scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, rows: int | None
+) -> dict[str, Any]:
     if not (tasks.local or tasks.named):
         return {}
-    model = to_best_device(model)
-    found: dict[str, TaskScore] = {name: score_task(name, rows, model, tokenizer) for name, rows in tasks.local.items()}
-    if tasks.named:
-        found |= score_named(tasks.named, model, tokenizer)
+    found = tasks.scores(to_best_device(model), tokenizer, rows=rows)
     model.to("cpu")
     return {name: dataclasses.asdict(score) for name, score in found.items()}
 
@@ -205,7 +202,7 @@ def _write(job: _Job, student: PreTrainedModel, results: Mapping[str, Any], sett
     held_out = results["data"][HELD_OUT]
     with written_beside(job.out) as fresh:
         write_reweighted(job.pruned, student, fresh)
-        write_json(fresh / RECOVERY, results)
+        write_json(fresh / RECOVERY.name, results)
         about = about_run(job.run, job.base)
         names = ", ".join(Path(name).name for name in held_out["sources"])
         note = f"{held_out['tokens']:,} tokens, by which recovery was kept or not"

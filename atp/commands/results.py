@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.commands.datasets import RunData
 from atp.commands.models import bytes_of, to_best_device
+from atp.commands.versions import versions_of
 from atp.data import Row
 from atp.evaluation import continuation, folder_bytes, model_cost, perplexity, score_task
 from atp.models import load_model
@@ -56,7 +56,7 @@ def run_results(
         **cost,
         **quality(model, tokenizer, data),
         "samples": samples,
-        "versions": {name: version(name) for name in _VERSIONS},
+        "versions": versions_of(*_VERSIONS),
     }
 
 

@@ -26,8 +26,8 @@ class Stream:
     """
 
     def __init__(self, nbytes: int, folder: Path) -> None:
-        self._on_disk = nbytes > IN_MEMORY
-        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=STREAMS) if self._on_disk else None
+        large = nbytes > IN_MEMORY
+        self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=STREAMS) if large else None
         self._batches: list[Tensor] = []
 
     @classmethod

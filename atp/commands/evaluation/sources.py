@@ -9,9 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from atp.data import TaskRow, read_task
 from atp.errors import ConfigError, DataError
-from atp.evaluation import NamedTask, check_tasks_available, evenly_spread, load_named
+from atp.evaluation import (
+    NamedTask,
+    TaskScore,
+    check_tasks_available,
+    evenly_spread,
+    load_named,
+    score_named,
+    score_task,
+)
 from atp.evaluation.metrics import METRICS
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
@@ -31,6 +41,17 @@ class Tasks:
         """Names of the metrics of each task."""
         own = {name: tuple(METRICS[rows[0].kind]) for name, rows in self.local.items()}
         return own | {task.name: task.metrics for task in self.named}
+
+    def scores(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8, rows: int | None = None
+    ) -> dict[str, TaskScore]:
+        """Of `model` on all of them, by name.
+
+        Args:
+            rows: only as many of each of the harness's, evenly spread; local ones are what they are.
+        """
+        found = {name: score_task(name, task, model, tokenizer, batch_size) for name, task in self.local.items()}
+        return found | (score_named(self.named, model, tokenizer, batch_size, rows) if self.named else {})
 
 
 def find_tasks(words: Sequence[str], rows: int | None = None, include_path: str | None = None) -> Tasks:
