@@ -22,7 +22,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from atp.config import ATPConfig
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
-from atp.evaluation import evenly_spread
 from atp.export import About, Result, export
 from atp.export.card import chosen
 from atp.files import write_json, written_by_one
@@ -34,6 +33,7 @@ from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.sharding import held, is_sharded, settle, whole
 from atp.structure.space import Space
+from atp.subset import evenly_spread
 from atp.trackers import Feeder
 from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated

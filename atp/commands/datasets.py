@@ -7,8 +7,9 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from atp.data import Row, TaskRow, check_disjoint, fingerprint, make_windows, read_rows, read_task
-from atp.evaluation import check_tasks_available, evenly_spread
+from atp.evaluation import check_tasks_available
 from atp.recipe import DataSettings
+from atp.subset import evenly_spread
 
 _SAMPLES = 3
 _PROMPT_WORDS, _REFERENCE_WORDS = 24, 60

@@ -14,7 +14,6 @@ from atp.evaluation.speed import (
     prefill_speed,
 )
 from atp.evaluation.statistics import Difference, Estimate
-from atp.evaluation.subset import evenly_spread
 from atp.evaluation.tasks import (
     NamedTask,
     TaskScore,
@@ -36,7 +35,6 @@ __all__ = [
     "compare_scores",
     "continuation",
     "count_parameters",
-    "evenly_spread",
     "flops_per_token",
     "folder_bytes",
     "generation_speed",

@@ -26,6 +26,7 @@ def train_blocks(
     stream: Stream,
     targets: Stream,
     settings: RecoverySettings,
+    was: float,
     error: Callable[[], float],
     device: str,
 ) -> None:
@@ -34,17 +35,19 @@ def train_blocks(
     Args:
         stream: before the first of them.
         targets: after the last of them.
+        was: `error()`, before anything is done.
         error: of the blocks as they are, on held-out text; with `keep_best`, they end as they were when it was least,
             before the first epoch or after any.
     """
     blocks = nn.ModuleList(student.blocks[index] for index in indices)
     with _seeded(settings.seed + indices[-1]), _in_float32(blocks), _trainable(blocks, settings) as parameters:
-        best, state = (error(), _copy(parameters)) if settings.keep_best else (0.0, [])
+        best, state = was, _copy(parameters) if settings.keep_best else []
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
-        steps = settings.epochs * len(stream)
+        batches = stream.indices
+        steps = settings.epochs * len(batches)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         for _ in range(settings.epochs):
-            for batch in torch.randperm(len(stream)).tolist():
+            for batch in (batches[place] for place in torch.randperm(len(batches)).tolist()):
                 hidden = stream[batch].to(device).float()
                 for index in indices:
                     hidden = student.run(index, hidden)

@@ -19,14 +19,19 @@ CHUNK = 256
 @dataclass(frozen=True)
 class Error:
     """Of a stream, where the teacher's is the truth: `error`, its mean square over tokens and features, and `relative`,
-    the mean over tokens of |difference|^2 / |teacher's|^2.
+    the mean over tokens of |difference|^2 / |teacher's|^2, a token counting 1 at most.
 
-    Each token counts by its own norm there: that of a first token can be a thousand times that of all others
-    (massive activations, arXiv 2402.17762), and would be all that is seen.
+    Norms of a few tokens are a thousand times those of others (massive activations, arXiv 2402.17762), and where one
+    model has them the other may not: each counts by its own norm, and no more than one that is lost altogether.
     """
 
     error: float
     relative: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the stream is numbers."""
+        return math.isfinite(self.error)
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ def stream_error(stream: Iterable[Tensor], truth: Iterable[Tensor]) -> Error:
         off = (ours.float() - wanted).square().sum(-1)
         size = wanted.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
         square += off.sum(dtype=torch.float64).item()
-        relative += (off / size).sum(dtype=torch.float64).item()
+        relative += (off / size).clamp_max(1.0).sum(dtype=torch.float64).item()
         tokens, features = tokens + off.numel(), ours.shape[-1]
     return Error(square / (tokens * features), relative / tokens)
 

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atp.recovery.blockwise import train_blocks
-from atp.recovery.diagnostics import Quality, QualitySum, stream_error
+from atp.recovery.diagnostics import Error, Quality, QualitySum, stream_error
 from atp.recovery.layerwise import refit_writers
 from atp.recovery.outcome import BlockOutcome, Outcome
 from atp.recovery.pairs import Half, pair
@@ -25,6 +25,7 @@ from atp.recovery.settings import RecoverySettings
 from atp.recovery.shelf import Shelf
 from atp.recovery.streams import Stream
 from atp.recovery.texts import CALIBRATION, HELD_OUT, Texts
+from atp.subset import evenly_spread
 
 PROBED = 32
 """Windows of calibration text on which blocks' errors are taken, of those fitted to; of other texts they are on all."""
@@ -33,13 +34,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
-class _Probe:
-    """One text on its way: ids, the teacher's stream, the student's as it was before recovery, and as it is now."""
+class _Way:
+    """One text on its way past the blocks.
 
-    batches: list[Tensor]
-    truth: Stream
+    `ids`: of each batch. `before`: the student's stream as it was before recovery, of the batches on which errors are
+    taken; `after`: as it is now, of all. `truths`: the teacher's, after each block that is still asked for.
+    """
+
+    ids: Mapping[int, Tensor]
     before: Stream
     after: Stream
+    truths: dict[int, Stream]
+
+    def errors(self, index: int) -> tuple[Error, Error]:
+        """Before recovery and now, of streams after block `index`."""
+        batches = self.before.indices
+        truth = self.truths[index]
+        before, after = (stream_error(stream.of(batches), truth.of(batches)) for stream in (self.before, self.after))
+        return before, after
 
 
 @dataclass(frozen=True)
@@ -94,13 +106,10 @@ class _Recovery:
     ) -> None:
         self._settings, self._work, self._device = settings, work, device
         self._shelf = Shelf(work)
-        batches = {name: list(ids.split(settings.batch_size)) for name, ids in texts.by_name().items()}
-        probed = batches | {CALIBRATION: list(_spread(texts.calibration, PROBED).split(settings.batch_size))}
-        every = [ids for each in (*batches.values(), *probed.values()) for ids in each]
-        self._pair = pair(teacher, student, list({len(ids): ids for ids in every}.values()), device)
-        self._fitted = Stream.opening(self._pair.student, batches[CALIBRATION], work)
-        self._truth = Stream.opening(self._pair.teacher, batches[CALIBRATION], work) if settings.propagates else None
-        self._probes = {name: self._probe(each) for name, each in probed.items()}
+        by_text = {name: dict(enumerate(ids.split(settings.batch_size))) for name, ids in texts.by_name().items()}
+        by_rows = {len(ids): ids for batches in by_text.values() for ids in batches.values()}
+        self._pair = pair(teacher, student, list(by_rows.values()), device)
+        self._ways = {name: self._way(name, batches) for name, batches in by_text.items()}
         self._kept: dict[int, bool] = {}
         self._seconds: dict[int, float] = {}
 
@@ -127,8 +136,10 @@ class _Recovery:
             if index not in self._kept:
                 self._kept[index], self._seconds[index] = False, 0.0
                 self._shelf.put_original(index, _state(module))
-        if self._truth is not None:
-            self._truth.pass_on(self._through(self._pair.teacher, window.last))
+        for way in self._ways.values():
+            way.truths[window.last] = way.truths[window.last - 1].mapped(
+                self._through(self._pair.teacher, window.last), self._work
+            )
         finished = self._shelf.window(window.last)
         if finished is not None:
             states, about = finished
@@ -147,17 +158,16 @@ class _Recovery:
 
     def _fit(self, window: _Window, modules: Mapping[int, nn.Module]) -> bool:
         """Whether what the fit has made of the blocks stays."""
-        probe = self._probes[HELD_OUT]
-        truth = probe.truth.mapped(self._through(self._pair.teacher, *window.blocks), self._work)
+        way = self._ways[HELD_OUT]
         student = self._through(self._pair.student, *window.blocks)
 
         @torch.no_grad()
         def error() -> float:
-            found = stream_error((student(batch) for batch in probe.after), truth).relative
-            return found if math.isfinite(found) else math.inf
+            found = stream_error((student(batch) for batch in way.after), way.truths[window.last])
+            return found.relative if found.finite else math.inf
 
         was, states = error(), {index: _state(module) for index, module in modules.items()}
-        self._fit_to_calibration(window, error)
+        self._fit_to_calibration(window, was, error)
         now = error()
         if now < was or (not self._settings.keep_best and math.isfinite(now)):
             return True
@@ -167,32 +177,30 @@ class _Recovery:
             _load(modules[index], state)
         return False
 
-    def _fit_to_calibration(self, window: _Window, error: Callable[[], float]) -> None:
-        settings = self._settings
+    def _fit_to_calibration(self, window: _Window, was: float, error: Callable[[], float]) -> None:
+        settings, way = self._settings, self._ways[CALIBRATION]
         if settings.method == "lr":
-            refit_writers(self._pair, window.last, self._fitted, settings.ridge)
+            refit_writers(self._pair, window.last, way.after, settings.ridge)
             return
-        targets = self._truth
-        if targets is None:
-            targets = self._fitted.mapped(self._through(self._pair.teacher, *window.blocks), self._work)
-        train_blocks(self._pair.student, window.blocks, self._fitted, targets, settings, error, self._device)
+        if settings.propagates:
+            targets = way.truths[window.last]
+        else:
+            targets = way.after.mapped(self._through(self._pair.teacher, *window.blocks), self._work)
+        train_blocks(self._pair.student, window.blocks, way.after, targets, settings, was, error, self._device)
 
     def _pass(self, index: int) -> BlockOutcome:
         """Take all streams past a block that is finished."""
         student, block = self._through(self._pair.student, index), self._pair.student.blocks[index]
-        self._fitted.pass_on(student)
-        for probe in self._probes.values():
-            probe.truth.pass_on(self._through(self._pair.teacher, index))
-            probe.after.pass_on(student)
+        for way in self._ways.values():
+            way.after.pass_on(student)
+            del way.truths[index - 1]
         made = _state(block)
         _load(block, self._shelf.original(index))
-        for probe in self._probes.values():
-            probe.before.pass_on(student)
+        for way in self._ways.values():
+            way.before.pass_on(student)
         _load(block, made)
-        before, after = (
-            {name: stream_error(getattr(probe, when), probe.truth) for name, probe in self._probes.items()}
-            for when in ("before", "after")
-        )
+        found = {name: way.errors(index) for name, way in self._ways.items()}
+        before, after = ({name: errors[when] for name, errors in found.items()} for when in (0, 1))
         return BlockOutcome(index, before, after, self._kept[index], self._seconds[index])
 
     def _through(self, half: Half, *indices: int) -> Callable[[Tensor], Tensor]:
@@ -206,10 +214,15 @@ class _Recovery:
 
         return through
 
-    def _probe(self, batches: list[Tensor]) -> _Probe:
-        student = Stream.opening(self._pair.student, batches, self._work)
-        truth = Stream.opening(self._pair.teacher, batches, self._work)
-        return _Probe(batches, truth, student.copy(self._work), student)
+    def _way(self, name: str, batches: Mapping[int, Tensor]) -> _Way:
+        """Before the first block. Of calibration text the teacher's stream is followed as far as it is asked for."""
+        judged = batches
+        if name == CALIBRATION:
+            few = max(PROBED // self._settings.batch_size, 1)
+            judged = {index: batches[index] for index in evenly_spread(len(batches), few)}
+        taught = batches if self._settings.propagates else judged
+        before, after = (Stream.opening(self._pair.student, each, self._work) for each in (judged, batches))
+        return _Way(batches, before, after, {-1: Stream.opening(self._pair.teacher, taught, self._work)})
 
     def _qualities(self) -> tuple[dict[str, Quality], dict[str, Quality]]:
         """Before and after, of every text but calibration; streams are past the last block."""
@@ -217,17 +230,18 @@ class _Recovery:
         try:
             for lm in models:
                 lm.to(self._device)
-            found = {name: self._quality(probe) for name, probe in self._probes.items() if name != CALIBRATION}
+            found = {name: self._quality(way) for name, way in self._ways.items() if name != CALIBRATION}
         finally:
             for lm in models:
                 lm.to("cpu")
         before, after = ({name: each[index] for name, each in found.items()} for index in (0, 1))
         return before, after
 
-    def _quality(self, probe: _Probe) -> tuple[Quality, Quality]:
+    def _quality(self, way: _Way) -> tuple[Quality, Quality]:
         teacher, student = self._pair.teacher, self._pair.student
         before, after = QualitySum(), QualitySum()
-        for ids, *streams in zip(probe.batches, probe.truth, probe.before, probe.after, strict=True):
+        truth_of = way.truths[len(self._pair.blocks) - 1]
+        for ids, *streams in zip(way.ids.values(), truth_of, way.before, way.after, strict=True):
             for row, *states in zip(*(part.to(self._device).split(1) for part in (ids, *streams)), strict=True):
                 truth, was, now = (
                     half.logits(row, state) for half, state in zip((teacher, student, student), states, strict=True)
@@ -242,12 +256,6 @@ def _windows(blocks: int, crossing: bool) -> Sequence[_Window]:
     if not crossing:
         return [_Window(i, i, i + 1) for i in range(blocks)]
     return [_Window(max(i - 1, 0), i, i if i < blocks - 1 else blocks) for i in range(blocks)]
-
-
-def _spread(ids: Tensor, most: int) -> Tensor:
-    """At most so many windows, at equal distances."""
-    count = min(len(ids), most)
-    return ids[[index * len(ids) // count for index in range(count)]]
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Streams: hidden states of many windows before one block, a batch at a time; large ones lie on the disk."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ STREAMS = ".stream."
 
 
 class Stream:
-    """Hidden states by batch, `(rows, tokens, hidden)`, on the CPU.
+    """Hidden states by the number of their batch, `(rows, tokens, hidden)`, on the CPU.
 
     Args:
         nbytes: of all batches.
@@ -28,23 +28,29 @@ class Stream:
     def __init__(self, nbytes: int, folder: Path) -> None:
         large = nbytes > IN_MEMORY
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=STREAMS) if large else None
-        self._batches: list[Tensor] = []
+        self._batches: dict[int, Tensor] = {}
 
     @classmethod
-    def opening(cls, half: Half, batches: list[Tensor], folder: Path) -> "Stream":
+    def opening(cls, half: Half, batches: Mapping[int, Tensor], folder: Path) -> "Stream":
         """What a model's first block is given, for batches of ids, `(rows, tokens)`."""
-        tokens = sum(ids.numel() for ids in batches)
+        tokens = sum(ids.numel() for ids in batches.values())
         weight = half.lm.get_input_embeddings().weight
         stream = cls(tokens * weight.shape[1] * weight.element_size(), folder)
-        for ids in batches:
-            stream.append(half.opening(ids))
+        for index, ids in batches.items():
+            stream[index] = half.opening(ids)
         return stream
 
-    def __len__(self) -> int:
-        return len(self._batches)
+    @property
+    def indices(self) -> list[int]:
+        """Numbers of its batches, in their order."""
+        return list(self._batches)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[index] for index in range(len(self)))
+        return self.of(self.indices)
+
+    def of(self, indices: Iterable[int]) -> Iterator[Tensor]:
+        """These batches."""
+        return (self[index] for index in indices)
 
     def __getitem__(self, index: int) -> Tensor:
         batch = self._batches[index]
@@ -60,25 +66,16 @@ class Stream:
             batch = batch.to("meta")
         self._batches[index] = batch
 
-    def append(self, batch: Tensor) -> None:
-        """One more batch."""
-        self._batches.append(batch)
-        self[len(self) - 1] = batch
-
-    def copy(self, folder: Path) -> "Stream":
-        """The same, to go another way."""
-        return self.mapped(lambda batch: batch.clone(), folder)
-
     def mapped(self, by: Callable[[Tensor], Tensor], folder: Path) -> "Stream":
         """A new stream of what `by` gives for each batch."""
-        new = Stream(sum(batch.numel() * batch.element_size() for batch in self._batches), folder)
-        for batch in self:
-            new.append(by(batch))
+        new = Stream(sum(batch.numel() * batch.element_size() for batch in self._batches.values()), folder)
+        for index in self.indices:
+            new[index] = by(self[index])
         return new
 
     def pass_on(self, by: Callable[[Tensor], Tensor]) -> None:
         """What `by` gives for each batch takes its place."""
-        for index in range(len(self)):
+        for index in self.indices:
             self[index] = by(self[index])
 
     def _file(self, index: int) -> Path:

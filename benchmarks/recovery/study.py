@@ -25,11 +25,12 @@ from transformers import Trainer, TrainingArguments
 
 import atp
 from atp.data import collator, make_windows, read_rows
-from atp.evaluation import evenly_spread, perplexity
+from atp.evaluation import perplexity
 from atp.loading import load_dense
 from atp.models import load_tokenizer
 from atp.recipe import Recipe
 from atp.recovery import RecoverySettings, Texts, recover
+from atp.subset import evenly_spread
 
 TEXT = {"medical": "data/pubmedqa", "legal": "data/legal_text"}
 VERSIONS = ("torch", "transformers")

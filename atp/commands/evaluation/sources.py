@@ -17,12 +17,12 @@ from atp.evaluation import (
     NamedTask,
     TaskScore,
     check_tasks_available,
-    evenly_spread,
     load_named,
     score_named,
     score_task,
 )
 from atp.evaluation.metrics import METRICS
+from atp.subset import evenly_spread
 
 _SUFFIXES = (".jsonl", ".json", ".ndjson")
 _SPLITS = ("test", "validation")

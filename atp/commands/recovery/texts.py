@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from atp.data import Row, TaskRow, check_disjoint, fingerprint, make_windows, read_rows
 from atp.errors import ConfigError
-from atp.evaluation import evenly_spread
 from atp.recipe import DataSettings
 from atp.recovery import Texts
 from atp.recovery.texts import CALIBRATION, HELD_OUT, OTHER
+from atp.subset import evenly_spread
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from atp.errors import ConfigError, DataError
 from atp.evaluation.metrics import mean_of
 from atp.evaluation.statistics import Estimate, estimate
-from atp.evaluation.subset import evenly_spread
 from atp.evaluation.tasks.harness import evaluate, harnessed, part, protocol, quietly, truncated
 from atp.evaluation.tasks.local import interval
 from atp.evaluation.tasks.score import TaskScore
+from atp.subset import evenly_spread
 
 _SEED = 1234  # of the examples before a prompt, as `lm_eval` has it
 

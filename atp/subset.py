@@ -1,4 +1,4 @@
-"""Which windows to measure when all of them would take too long."""
+"""Which rows, windows or batches are looked at where all of them would take too long."""
 
 
 def evenly_spread(total: int, wanted: int | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atp.evaluation import evenly_spread
+from atp.subset import evenly_spread
 
 
 @pytest.mark.parametrize(("total", "wanted"), [(10, 1), (10, 3), (10, 9), (1000, 64)])
