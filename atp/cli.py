@@ -1,7 +1,7 @@
 """The shell: `atp train | recover | export | eval | generate | inspect | plan | compare | report | history | bench`.
 
-Exit status 0 on success; 1 where a comparison has a failed run; 2 on bad input, with one line on standard error that
-says what is wrong and what to do.
+Exit status 0 on success; 1 where a comparison has a failed run; 2 on bad input and 130 on Ctrl-C, with one line on
+standard error that says what is wrong and what to do.
 """
 
 import argparse
@@ -30,6 +30,9 @@ COMMANDS = {
 }
 """Name of a command -> its module in `atp.commands`, imported when it is asked for, and its line in the help."""
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line, through `ConfigError`, what argparse says in several."""
@@ -53,6 +56,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    arguments = argparse.Namespace()
     try:
         parser = build_parser(words)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
@@ -70,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         return _refuse(f"{error.filename or 'output'}: the disk is full: free some space, then run again with --resume")
+    except KeyboardInterrupt:
+        resumable = ": run the same again with --resume to go on from what it has saved"
+        return _refuse(f"interrupted{resumable if hasattr(arguments, 'resume') else ''}", INTERRUPTED)
 
 
-def _refuse(reason: object) -> int:
+def _refuse(reason: object, status: int = 2) -> int:
     print(f"atp: {' '.join(str(reason).split())}", file=sys.stderr)
-    return 2
+    return status

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from atp.cli import main
+from atp.cli import INTERRUPTED, main
 from tests import tiny
 from tests.recovery.interruption import cut_at_the_third
 from tests.test_cli import refused
@@ -115,14 +119,33 @@ def test_an_interrupted_recovery_is_gone_on_with(finished, tmp_path, monkeypatch
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert recover(finished, "--out", whole, "--epochs", "2") == 0
     calls = cut_at_the_third(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        recover(finished, "--out", cut, "--epochs", "2")
+    assert recover(finished, "--out", cut, "--epochs", "2") == INTERRUPTED
+    assert capsys.readouterr().err.endswith(
+        "interrupted: run the same again with --resume to go on from what it has saved\n"
+    )
     assert not cut.exists()
     argv = ("recover", finished, "--out", cut, *SMALL)
     assert "holds an interrupted recovery: give --resume to go on" in refused(capsys, *argv, "--epochs", "2")
     assert "was left with another settings" in refused(capsys, *argv, "--epochs", "3", "--resume")
     assert recover(finished, "--out", cut, "--epochs", "2", "--resume") == 0
     assert len(calls) == 5  # the third again, the fourth, and no other twice
+    assert same(weights(whole), weights(cut))
+    assert not list(tmp_path.glob(".cut*"))
+
+
+def test_a_killed_recovery_is_gone_on_with(finished, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("--epochs", "40", "--no-keep-best")
+    assert recover(finished, "--out", whole, *options) == 0
+    command = [sys.executable, "-m", "atp", "recover", *map(str, (finished, "--out", cut)), *SMALL, *options]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not (tmp_path / ".cut.unfinished" / "window_0001.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not cut.exists()
+    assert recover(finished, "--out", cut, *options, "--resume") == 0
     assert same(weights(whole), weights(cut))
     assert not list(tmp_path.glob(".cut*"))
 
