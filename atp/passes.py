@@ -121,6 +121,21 @@ def forwards_replaced(modules: Sequence[nn.Module], by: Callable[[int, Callable]
                 module.forward = forward
 
 
+def giving(module: nn.Module, output: Any) -> AbstractContextManager[None]:
+    """Within it the module computes nothing, and gives `output`."""
+    return forwards_replaced([module], lambda _index, _own: lambda *_args, **_kwargs: output)
+
+
+def beside(output: Any) -> int | None:
+    """How many other things a module gives beside the first in a tuple, `output` being what it gave; None: no tuple."""
+    return len(output) - 1 if isinstance(output, tuple) else None
+
+
+def as_given(first: Tensor, others: int | None) -> Any:
+    """`first` in the form a module gives it in; `others`: `beside`, whose place None takes."""
+    return first if others is None else (first, *[None] * others)
+
+
 def _autocast_as_now(device: str) -> Precision:
     enabled = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device)

@@ -119,8 +119,8 @@ class _Recovery:
         windows = _windows(len(self._pair.blocks), self._settings.crosses)
         for window in tqdm(windows, desc="atp: recovering blocks", unit="block", leave=False, disable=quiet):
             with self._pair.placed(*window.blocks):
-                self._window(window)
-                blocks += [self._pass(index) for index in range(window.first, window.following)]
+                passed = self._window(window)
+                blocks += [self._pass(index, passed) for index in range(window.first, window.following)]
         before, after = self._qualities()
         better = after[HELD_OUT].nll < before[HELD_OUT].nll
         kept = better or not self._settings.keep_best
@@ -129,8 +129,13 @@ class _Recovery:
                 _load(block, self._shelf.original(index))
         return Outcome(tuple(blocks), before, after, kept)
 
-    def _window(self, window: _Window) -> None:
-        """Fit the window's blocks, or take what an interrupted recovery has made of them."""
+    def _window(self, window: _Window) -> Stream | None:
+        """Fit the window's blocks, or take what an interrupted recovery has made of them.
+
+        Returns:
+            The student's stream of calibration text after the window, where the fit has come by it.
+        """
+        passed = None
         modules = {index: self._pair.student.blocks[index] for index in window.blocks}
         for index, module in modules.items():
             if index not in self._kept:
@@ -148,16 +153,17 @@ class _Recovery:
             kept, seconds = about["kept"], about["seconds"]
         else:
             start = time.perf_counter()
-            kept = self._fit(window, modules)
+            kept, passed = self._fit(window, modules)
             seconds = time.perf_counter() - start
             states = {index: _state(module) for index, module in modules.items()}
             self._shelf.put_window(window.last, states, {"kept": kept, "seconds": seconds})
         for index in window.blocks:
             self._kept[index] |= kept
             self._seconds[index] += seconds / len(modules)
+        return passed
 
-    def _fit(self, window: _Window, modules: Mapping[int, nn.Module]) -> bool:
-        """Whether what the fit has made of the blocks stays."""
+    def _fit(self, window: _Window, modules: Mapping[int, nn.Module]) -> tuple[bool, Stream | None]:
+        """Whether what the fit has made of the blocks stays; and, where it does, what `_window` returns."""
         way = self._ways[HELD_OUT]
         student = self._through(self._pair.student, *window.blocks)
 
@@ -167,32 +173,36 @@ class _Recovery:
             return found.relative if found.finite else math.inf
 
         was, states = error(), {index: _state(module) for index, module in modules.items()}
-        self._fit_to_calibration(window, was, error)
+        passed = self._fit_to_calibration(window, was, error)
         now = error()
         if now < was or (not self._settings.keep_best and math.isfinite(now)):
-            return True
+            return True, passed
         if not math.isfinite(now):
             logger.warning("atp: recovery of block %d diverged and is undone: try a lower learning rate", window.last)
         for index, state in states.items():
             _load(modules[index], state)
-        return False
+        return False, None
 
-    def _fit_to_calibration(self, window: _Window, was: float, error: Callable[[], float]) -> None:
+    def _fit_to_calibration(self, window: _Window, was: float, error: Callable[[], float]) -> Stream | None:
+        """What `_window` returns."""
         settings, way = self._settings, self._ways[CALIBRATION]
         if settings.method == "lr":
-            refit_writers(self._pair, window.last, way.after, settings.ridge)
-            return
+            return refit_writers(self._pair, window.last, way.after, settings.ridge, self._work)
         if settings.propagates:
             targets = way.truths[window.last]
         else:
             targets = way.after.mapped(self._through(self._pair.teacher, *window.blocks), self._work)
         train_blocks(self._pair.student, window.blocks, way.after, targets, settings, was, error, self._device)
+        return None
 
-    def _pass(self, index: int) -> BlockOutcome:
-        """Take all streams past a block that is finished."""
+    def _pass(self, index: int, passed: Stream | None) -> BlockOutcome:
+        """Take all streams past a block that is finished; `passed`: the student's of calibration text, if it has."""
         student, block = self._through(self._pair.student, index), self._pair.student.blocks[index]
-        for way in self._ways.values():
-            way.after.pass_on(student)
+        for name, way in self._ways.items():
+            if passed is not None and name == CALIBRATION:
+                way.after = passed
+            else:
+                way.after.pass_on(student)
             del way.truths[index - 1]
         made = _state(block)
         _load(block, self._shelf.original(index))

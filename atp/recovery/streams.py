@@ -41,6 +41,11 @@ class Stream:
         return stream
 
     @property
+    def nbytes(self) -> int:
+        """Of all batches."""
+        return sum(batch.nbytes for batch in self._batches.values())
+
+    @property
     def indices(self) -> list[int]:
         """Numbers of its batches, in their order."""
         return list(self._batches)
@@ -68,7 +73,7 @@ class Stream:
 
     def mapped(self, by: Callable[[Tensor], Tensor], folder: Path) -> "Stream":
         """A new stream of what `by` gives for each batch."""
-        new = Stream(sum(batch.numel() * batch.element_size() for batch in self._batches.values()), folder)
+        new = Stream(self.nbytes, folder)
         for index in self.indices:
             new[index] = by(self[index])
         return new

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from atp.criteria.statistics import Batches
 from atp.layers import Attachment
-from atp.passes import block_calls, first_output, forwards_replaced, inputs_of, outputs_of, removed_after
+from atp.passes import as_given, beside, block_calls, first_output, giving, inputs_of, outputs_of, removed_after
 from atp.structure.discovery import Block
 from atp.structure.sharding import gathered, is_sharded
 from atp.training.refitting import refit_readers, refit_writer
@@ -78,8 +78,7 @@ class _Way:
 
     def gives(self, written: Tensor) -> AbstractContextManager:
         """Within it the module computes nothing, and gives `written` for its writer's output."""
-        output = written if self.beside is None else (written, *[None] * self.beside)
-        return forwards_replaced([self.module], lambda _index, _own: lambda *_args, **_kwargs: output)
+        return giving(self.module, as_given(written, self.beside))
 
 
 @torch.no_grad()
@@ -213,7 +212,7 @@ def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Strea
 
     def way(part: tuple[nn.Module, nn.Module], output: Any, written: Tensor) -> _Way:
         norm = next((norm for norm, x in reads if x is written), None)
-        return _Way(*part, norm, factor, len(output) - 1 if isinstance(output, tuple) else None)
+        return _Way(*part, norm, factor, beside(output))
 
     attention, mlp = (way(part, output[0], written[0]) for part, (output, written) in zip(parts, seen, strict=True))
     return attention, mlp
