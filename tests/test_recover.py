@@ -95,6 +95,20 @@ def test_what_is_no_better_is_rolled_back_and_said(finished, tmp_path, capsys):
     assert "recovery:" not in (out / "README.md").read_text()
 
 
+def test_biases_are_fitted_where_they_are_asked_for_and_gone_where_rolled_back(finished, tmp_path):
+    out, undone = tmp_path / "out", tmp_path / "undone"
+    assert recover(finished, "--out", out, "--method", "lr", "--no-keep-best", "--biases") == 0
+    new = set(weights(out)) - set(weights(finished / "pruned"))
+    assert {name.rsplit(".", 2)[-2] for name in new} == {"o_proj", "down_proj"}
+    assert any(weights(out)[name].abs().max() > 0 for name in new)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.atp["parameters"]["after"] == model.num_parameters()
+    argv = (finished, "--out", undone, "--biases", "--learning-rate", "1e20", "--epochs", "1")
+    assert recover(*argv) == 0
+    assert same(weights(finished / "pruned"), weights(undone))
+    assert json.loads((out / "recovery.json").read_text())["settings"]["biases"] is True
+
+
 def test_another_teacher_and_other_text(finished, tmp_path):
     other = tiny.jsonl(tmp_path / "other.jsonl", range(200, 240))
     argv = (finished, "--out", tmp_path / "out", "--method", "lr", "--teacher", finished.parent / "base")

@@ -27,7 +27,7 @@ from atp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from atp.evaluation import peak_memory_mib, reset_peak_memory
 from atp.export import load as load_exported
 from atp.export.card import Result
-from atp.export.reweighting import write_reweighted
+from atp.export.reweighting import add_writer_biases, write_reweighted
 from atp.files import write_json, written_beside
 from atp.loading import adapter_folder, adapter_of_run, base_of, load_dense
 from atp.models import load_model, load_tokenizer
@@ -88,6 +88,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     fit.add_argument("--batch-size", type=int, default=defaults.batch_size, help="windows (default %(default)s)")
     fit.add_argument("--lora-r", type=int, default=defaults.lora_r, help="for --train lora (default %(default)s)")
     fit.add_argument("--ridge", type=float, default=defaults.ridge, help="for lr (default %(default)s)")
+    fit.add_argument("--biases", action="store_true", help="give o_proj and down_proj biases, which are fitted too")
     fit.add_argument(
         "--keep-best",
         action=argparse.BooleanOptionalAction,
@@ -119,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = read_texts(files, job.recipe.data if job.recipe else None, tasks.local, tokenizer, size)
     about = {
         "method": settings.method,
-        "settings": settings.in_use(),
+        "settings": settings.in_use() | {"biases": arguments.biases},
         "teacher": arguments.teacher or str(job.run),
         "student": str(job.pruned),
         "data": {name: texts[name].about() if name in texts else None for name in (CALIBRATION, HELD_OUT, OTHER)},
@@ -128,6 +129,8 @@ def run(arguments: argparse.Namespace) -> None:
     begin(work, about, arguments.resume, arguments.overwrite)
     measurable = reset_peak_memory()
     teacher, student = _models(arguments, job)
+    if arguments.biases:
+        add_writer_biases(student)
     scores = _scores(student, tokenizer, tasks, arguments.task_rows)
     outcome = recover(teacher, student, as_windows(texts), settings, work, best_device())
     after = _scores(student, tokenizer, tasks, arguments.task_rows) if outcome.kept else scores
@@ -139,7 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - start,
         "peak_memory_mib": peak_memory_mib() if measurable else None,
     }
-    _write(job, student, results, settings)
+    _write(job, student if outcome.kept else load_exported(job.pruned), results)
     shutil.rmtree(work, ignore_errors=True)
     _print(job, results, outcome)
     if arguments.json:
@@ -195,7 +198,7 @@ def _scores(
     return {name: dataclasses.asdict(score) for name, score in found.items()}
 
 
-def _write(job: _Job, student: PreTrainedModel, results: Mapping[str, Any], settings: RecoverySettings) -> None:
+def _write(job: _Job, student: PreTrainedModel, results: Mapping[str, Any]) -> None:
     """The folder, whole or not at all."""
     overall = results["overall"]
     now = overall["after" if overall["kept"] else "before"][HELD_OUT]
@@ -207,7 +210,7 @@ def _write(job: _Job, student: PreTrainedModel, results: Mapping[str, Any], sett
         names = ", ".join(Path(name).name for name in held_out["sources"])
         note = f"{held_out['tokens']:,} tokens, by which recovery was kept or not"
         result = Result(names, "perplexity", now["perplexity"], note)
-        made = dict(about.settings) | ({"recovery": settings.in_use()} if overall["kept"] else {})
+        made = dict(about.settings) | ({"recovery": results["settings"]} if overall["kept"] else {})
         rewrite_card(fresh, dataclasses.replace(about, settings=made, results=(result,)))
 
 

@@ -3,8 +3,8 @@
     minimise over W'  sum over tokens |W' x + b - t|^2 + ridge * typical(G) * |W' - W|^2,     G = sum over tokens x xᵀ
 
 x: what the pruned writer reads. t: what the teacher's attention writes for the same stream, or its MLP for what the
-pruned block gives its own. The bias is fitted too where the layer has one; none is added, for plain models have no
-place for it. Not covered: space `disp`, whose writers write a part of the stream, and quantised layers.
+pruned block gives its own. The bias is fitted too where the layer has one. Not covered: space `disp`, whose writers
+write a part of the stream, and quantised layers.
 """
 
 from collections.abc import Sequence

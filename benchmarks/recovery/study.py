@@ -44,7 +44,7 @@ def main() -> None:
     ):
         start = time.perf_counter()
         row = {"domain": arguments.domain, "sparsity": arguments.sparsity, "method": method, "windows": windows}
-        row |= {name: getattr(arguments, name) for name in ("length", "epochs", "keep_best", "train", "learning_rate")}
+        row |= {name: getattr(arguments, name) for name in ("length", "epochs", "batch_size", "keep_best", "train", "learning_rate")}
         row |= {"share": share, "seed": seed} | study.row(method, windows, share, seed)
         row |= {"seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
         row["versions"] = {name: version(name) for name in VERSIONS}
@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--generated", help="JSONL that the model wrote")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=8, help="windows")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--train", default="all")
     parser.add_argument("--teacher", help="another run's folder")
@@ -125,6 +126,7 @@ class Study:
         settings = RecoverySettings(
             method=method,
             epochs=arguments.epochs,
+            batch_size=arguments.batch_size,
             learning_rate=arguments.learning_rate,
             train=arguments.train,
             keep_best=arguments.keep_best,
@@ -143,13 +145,14 @@ class Study:
 
     def tuned_on(self, fitted_to: Dataset, seed: int) -> dict[str, Any]:
         """The run's LoRA trained on under its masks, as many passes over the same windows."""
-        model = atp.load(self.arguments.run)
+        arguments = self.arguments
+        model = atp.load(arguments.run)
         with tempfile.TemporaryDirectory() as folder:
             training = TrainingArguments(
                 folder,
-                num_train_epochs=self.arguments.epochs,
-                per_device_train_batch_size=2,
-                learning_rate=self.arguments.learning_rate,
+                num_train_epochs=arguments.epochs,
+                per_device_train_batch_size=arguments.batch_size,
+                learning_rate=arguments.learning_rate,
                 lr_scheduler_type="linear",
                 save_strategy="no",
                 report_to="none",
