@@ -44,7 +44,8 @@ def main() -> None:
     ):
         start = time.perf_counter()
         row = {"domain": arguments.domain, "sparsity": arguments.sparsity, "method": method, "windows": windows}
-        row |= {name: getattr(arguments, name) for name in ("length", "epochs", "batch_size", "keep_best", "train", "learning_rate")}
+        fit = ("length", "epochs", "batch_size", "keep_best", "train", "learning_rate")
+        row |= {name: getattr(arguments, name) for name in fit}
         row |= {"share": share, "seed": seed} | study.row(method, windows, share, seed)
         row |= {"seconds": time.perf_counter() - start, "threads": torch.get_num_threads()}
         row["versions"] = {name: version(name) for name in VERSIONS}
