@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
-CHUNK = 256
-"""Tokens whose distributions are held at a time."""
-
 
 @dataclass(frozen=True)
 class Error:
@@ -57,22 +54,19 @@ def stream_error(stream: Iterable[Tensor], truth: Iterable[Tensor]) -> Error:
 
 
 class QualitySum:
-    """Sums over tokens, a row of ids at a time."""
+    """Sums over tokens, some at a time."""
 
     def __init__(self) -> None:
         self._nll, self._kl, self._tokens = 0.0, 0.0, 0
 
-    def add(self, ids: Tensor, logits: Tensor, teachers: Tensor) -> None:
-        """One more row: ids, `(tokens,)`, and both models' logits, `(tokens, vocabulary)`."""
-        for own, truth, label in zip(
-            logits[:-1].split(CHUNK), teachers[:-1].split(CHUNK), ids[1:].split(CHUNK), strict=True
-        ):
-            q, p = own.float().log_softmax(-1), truth.float().log_softmax(-1)
-            self._nll += nll_loss(q, label, reduction="sum").double().item()
-            self._kl += kl_div(q, p, reduction="sum", log_target=True).double().item()
-        self._tokens += len(ids) - 1
+    def add(self, labels: Tensor, logits: Tensor, teachers: Tensor) -> None:
+        """More of them: what comes next, `(tokens,)`, and both models' logits for it, `(tokens, vocabulary)`."""
+        q, p = logits.float().log_softmax(-1), teachers.float().log_softmax(-1)
+        self._nll += nll_loss(q, labels, reduction="sum").double().item()
+        self._kl += kl_div(q, p, reduction="sum", log_target=True).double().item()
+        self._tokens += len(labels)
 
     def mean(self) -> Quality:
-        """Of all rows."""
+        """Of all tokens."""
         nll = self._nll / self._tokens
         return Quality(nll, math.exp(min(nll, 700.0)), self._kl / self._tokens)

@@ -41,7 +41,7 @@ class Half:
         return first_output(self.blocks[index], hidden, args, kwargs)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """`(tokens, vocabulary)`, of `hidden`, the states after its last block, and one row of ids."""
+        """`(tokens, vocabulary)`, of some tokens of one row: their `hidden`, after the last block, and their ids."""
 
         def instead(_index: int, _own: Any) -> Any:
             return lambda *_args, **_kwargs: (hidden,) if self.in_tuple else hidden

@@ -30,6 +30,9 @@ from atp.subset import evenly_spread
 PROBED = 32
 """Windows of calibration text on which blocks' errors are taken, of those fitted to; of other texts they are on all."""
 
+CHUNK = 256
+"""Tokens whose distributions are held at a time."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -253,11 +256,15 @@ class _Recovery:
         truth_of = way.truths[len(self._pair.blocks) - 1]
         for ids, *streams in zip(way.ids.values(), truth_of, way.before, way.after, strict=True):
             for row, *states in zip(*(part.to(self._device).split(1) for part in (ids, *streams)), strict=True):
-                truth, was, now = (
-                    half.logits(row, state) for half, state in zip((teacher, student, student), states, strict=True)
-                )
-                before.add(row[0], was, truth)
-                after.add(row[0], now, truth)
+                for start in range(0, row.shape[1] - 1, CHUNK):
+                    some = slice(start, min(start + CHUNK, row.shape[1] - 1))
+                    truth, was, now = (
+                        half.logits(row[:, some], state[:, some])
+                        for half, state in zip((teacher, student, student), states, strict=True)
+                    )
+                    labels = row[0, some.start + 1 : some.stop + 1]
+                    before.add(labels, was, truth)
+                    after.add(labels, now, truth)
         return before.mean(), after.mean()
 
 

@@ -186,7 +186,8 @@ def test_streams_on_the_disk_are_those_in_memory(tmp_path, monkeypatch):
     assert all(parameter.dtype == torch.bfloat16 for parameter in students[0].parameters())
 
 
-def test_errors_and_qualities_are_those_of_the_whole_models(tmp_path):
+def test_errors_and_qualities_are_those_of_the_whole_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(recovering, "CHUNK", 5)
     teacher, student = teacher_of("llama"), student_of("llama")
     old = copy.deepcopy(student)
     found = recover(teacher, student, TEXTS, settings("br+gp", keep_best=False), tmp_path, quiet=True)
