@@ -7,8 +7,8 @@ pruned block gives its own. The bias is fitted too where the layer has one. Not 
 write a part of the stream, and quantised layers.
 """
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,13 +63,14 @@ class _Written:
     beside: int | None
 
 
-def _given(halves: Sequence[_Written], batch: int, device: str) -> ExitStack:
+@contextmanager
+def _given(halves: Sequence[_Written], batch: int, device: str) -> Iterator[None]:
     """Within it these halves compute nothing but their writers' products."""
-    stack = ExitStack()
-    for half in halves:
-        output = as_given(half.writer(half.reads[batch].to(device)), half.beside)
-        stack.enter_context(giving(half.module, output))
-    return stack
+    with ExitStack() as stack:
+        for half in halves:
+            output = as_given(half.writer(half.reads[batch].to(device)), half.beside)
+            stack.enter_context(giving(half.module, output))
+        yield
 
 
 def _refit(
