@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from atp.bench.copies import mask_at_random, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
-from atp.errors import UnsupportedModelError
+from atp.errors import ConfigError, UnsupportedModelError
 from atp.layers import attachment_of
 from atp.ops.boundary import add_norm_gather
 from atp.ops.compaction import compact_weight
@@ -106,8 +106,11 @@ def kernel_cases(model: PreTrainedModel, config: ATPConfig, tokens: int) -> dict
         tokens: of one sequence; decoding reads one.
 
     Raises:
+        ConfigError: where the space leaves every layer whole.
         UnsupportedModelError: where the MLP has no gate.
     """
+    if config.space == "depth":
+        raise ConfigError("space 'depth' removes whole layers, of which no kernel has less to do: use width or disp")
     masked = on_the_same_tensors(model)
     mask_at_random(masked, config)
     full = _first_layer(masked)

@@ -7,7 +7,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from atp.bench import kernel_cases, kernels, pruned_copy
 from atp.bench.copies import mask_at_random, on_the_same_tensors
 from atp.config import ATPConfig
-from atp.errors import UnsupportedModelError
+from atp.errors import ConfigError, UnsupportedModelError
 from atp.evaluation import count_parameters
 from atp.layers import attachment_of
 from tests import families, tiny
@@ -53,6 +53,11 @@ def masked_layer(block, stream, norm, masks):
 def test_an_mlp_without_a_gate_is_refused():
     with pytest.raises(UnsupportedModelError, match="Starcoder2ForCausalLM has MLPs without a gate"):
         kernel_cases(families.build("starcoder2"), ATPConfig(sparsity=0.5, round_to=1), TOKENS)
+
+
+def test_a_space_that_leaves_layers_whole_is_refused(base):
+    with pytest.raises(ConfigError, match="'depth' removes whole layers"):
+        kernel_cases(base, ATPConfig(space="depth", sparsity=0.5), TOKENS)
 
 
 @pytest.mark.parametrize("space", ["width", "disp"])
