@@ -43,7 +43,8 @@ def main() -> None:
         arguments.seeds, arguments.windows, arguments.shares, arguments.methods
     ):
         start = time.perf_counter()
-        row = {"domain": arguments.domain, "sparsity": arguments.sparsity, "method": method, "windows": windows}
+        row = {name: getattr(arguments, name) for name in ("student", "domain", "sparsity")}
+        row |= {"method": method, "windows": windows}
         fit = ("length", "epochs", "batch_size", "keep_best", "train", "learning_rate")
         row |= {name: getattr(arguments, name) for name in fit}
         row |= {"share": share, "seed": seed} | study.row(method, windows, share, seed)
@@ -63,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("rows")
     parser.add_argument("--domain", choices=TEXT, required=True)
     parser.add_argument("--sparsity", type=float, required=True, help="what the run pruned, for the row")
+    parser.add_argument("--student", default="one-stage run", help="what was pruned and how, for the row")
     parser.add_argument("--methods", type=several(str), required=True, help="of atp recover, and lora")
     parser.add_argument("--windows", type=several(int), default=[64])
     parser.add_argument("--shares", type=several(float), default=[0.0], help="of windows taken from --generated")

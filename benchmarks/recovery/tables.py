@@ -39,29 +39,40 @@ def read(name: str) -> list[Row]:
 def by_method(rows: list[Row]) -> list[str]:
     """A line a run of the study; perplexities."""
     lines = [
-        "| text, removed | method | keeps the best | calibration error | held-out error | test | other domain | kept "
-        "| seconds |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model, text, removed | fitted to | method | keeps the best | calibration error | held-out error | test "
+        "| other domain | kept | seconds |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        where = f"{row['domain']}, {row['sparsity']:.0%}".replace("%", " %")
+        where = ", ".join(_setting(row)).replace("%", " %")
         errors = [_change(*(_last(row, when, text) for when in ("before", "after")), ".4f") for text in _TRIED]
         qualities = [
-            _change(*(math.exp(row[when][text]) for when in ("before", "after")), ".2f") for text in ("test", "other")
+            _change(*(_perplexity(row, when, text) for when in ("before", "after")), ".2f")
+            for text in ("test", "other")
         ]
+        size = f"{row['windows']} windows, {row['epochs']} passes"
         kept = "" if "blocks" not in row else _kept(row)
         name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
         best = "" if row["method"] == "lora" else "yes" if row["keep_best"] else "no"
         lines.append(
-            f"| {where} | {name} | {best} | {' | '.join(errors)} | {' | '.join(qualities)} | {kept} "
+            f"| {where} | {size} | {name} | {best} | {' | '.join(errors)} | {' | '.join(qualities)} | {kept} "
             f"| {row['seconds']:,.0f} |"
         )
     return lines
 
 
+def _setting(row: Row) -> tuple[str, str, str]:
+    """What was pruned, on which text, and how much of it is gone."""
+    return row["student"], row["domain"], f"{row['sparsity']:.0%}"
+
+
 def _last(row: Row, when: str, text: str) -> float | None:
     """Relative error of the stream after the last block."""
     return row["blocks"][-1][when][text]["relative"] if "blocks" in row else None
+
+
+def _perplexity(row: Row, when: str, text: str) -> float | None:
+    return math.exp(row[when][text]) if text in row[when] else None
 
 
 def _change(before: float | None, after: float | None, form: str) -> str:
@@ -103,15 +114,15 @@ def made_with(rows: Iterable[Row]) -> str:
 
 def blocks_plot(rows: list[Row]) -> bytes:
     """Relative error of the stream after each block, before and after, on calibration (dashed) and held-out text."""
-    settings = dict.fromkeys((row["domain"], row["sparsity"]) for row in rows if "blocks" in row)
+    settings = dict.fromkeys(_setting(row) for row in rows if "blocks" in row)
     figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained")
-    for axes, (domain, sparsity) in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
-        chosen = [row for row in rows if "blocks" in row and (row["domain"], row["sparsity"]) == (domain, sparsity)]
+    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+        chosen = [row for row in rows if "blocks" in row and _setting(row) == setting]
         chosen = [row for row in chosen if not row["keep_best"]] or chosen
         _errors(axes, chosen[0], "before", "none", "#555555")
         for color, row in zip(_COLORS, chosen, strict=False):
             _errors(axes, row, "after", row["method"], color)
-        axes.set_title(f"{domain}, {sparsity:.0%} removed")
+        axes.set_title(", ".join(setting))
         axes.set_xlabel("block")
         axes.set_yscale("log")
         axes.set_ylabel("relative error (dashed: calibration)")
