@@ -14,6 +14,8 @@ RESULTS = HERE / "results"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _TRIED = ("calibration", "held_out")
 
+METHODS = ("lr", "br", "br+gp", "br+cr", "br+gp+cr")
+
 Row = dict[str, Any]
 
 
@@ -50,7 +52,8 @@ def by_method(rows: list[Row]) -> list[str]:
             _change(*(_perplexity(row, when, text) for when in ("before", "after")), ".2f")
             for text in ("test", "other")
         ]
-        size = f"{row['windows']} windows, {row['epochs']} passes"
+        passes = "one look" if row["method"] == "lr" else f"{row['epochs']} passes"
+        size = f"{row['windows']} windows, {passes}"
         kept = "" if "blocks" not in row else _kept(row)
         name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
         best = "" if row["method"] == "lora" else "yes" if row["keep_best"] else "no"
@@ -115,16 +118,17 @@ def made_with(rows: Iterable[Row]) -> str:
 def blocks_plot(rows: list[Row]) -> bytes:
     """Relative error of the stream after each block, before and after, on calibration (dashed) and held-out text."""
     settings = dict.fromkeys(_setting(row) for row in rows if "blocks" in row)
-    figure = Figure(figsize=(4.5 * len(settings), 3.6), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
+    lines = math.ceil(len(settings) / 2)
+    figure = Figure(figsize=(9, 3.4 * lines), layout="constrained")
+    for axes, setting in zip(figure.subplots(lines, 2, squeeze=False).flat, settings, strict=False):
         chosen = [row for row in rows if "blocks" in row and _setting(row) == setting]
         chosen = [row for row in chosen if not row["keep_best"]] or chosen
         _errors(axes, chosen[0], "before", "none", "#555555")
-        for color, row in zip(_COLORS, chosen, strict=False):
-            _errors(axes, row, "after", row["method"], color)
-        axes.set_title(", ".join(setting))
+        for row in chosen:
+            _errors(axes, row, "after", row["method"], _COLORS[METHODS.index(row["method"])])
+        axes.set_title(", ".join(setting), fontsize=9)
         axes.set_xlabel("block")
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
         axes.set_ylabel("relative error (dashed: calibration)")
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
