@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,14 @@ def left(folder: Path, case: str, what: str, rank: int = 0) -> dict[str, torch.T
 
 def seen(folder: Path, case: str, rank: int = 0) -> dict:
     return json.loads((folder / case / f"seen-{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """DeepSpeed builds its own here: where a build was killed, its lock stays, and all after it wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
 
 
 @pytest.fixture(scope="module")
