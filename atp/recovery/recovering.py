@@ -33,6 +33,9 @@ PROBED = 32
 CHUNK = 256
 """Tokens whose distributions are held at a time."""
 
+LOOK = 2048
+"""Tokens that go past a block at a time where nothing is trained; on two cores, four times as many took longer."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -109,7 +112,9 @@ class _Recovery:
     ) -> None:
         self._settings, self._work, self._device = settings, work, device
         self._shelf = Shelf(work)
-        by_text = {name: dict(enumerate(ids.split(settings.batch_size))) for name, ids in texts.by_name().items()}
+        trained = settings.method != "lr"
+        self._rows = settings.batch_size if trained else max(LOOK // texts.held_out.shape[1], 1)
+        by_text = {name: dict(enumerate(ids.split(self._rows))) for name, ids in texts.by_name().items()}
         by_rows = {len(ids): ids for batches in by_text.values() for ids in batches.values()}
         self._pair = pair(teacher, student, list(by_rows.values()), device)
         self._ways = {name: self._way(name, batches) for name, batches in by_text.items()}
@@ -231,7 +236,7 @@ class _Recovery:
         """Before the first block. Of calibration text the teacher's stream is followed as far as it is asked for."""
         judged = batches
         if name == CALIBRATION:
-            few = max(PROBED // self._settings.batch_size, 1)
+            few = max(PROBED // self._rows, 1)
             judged = {index: batches[index] for index in evenly_spread(len(batches), few)}
         taught = batches if self._settings.propagates else judged
         before, after = (Stream.opening(self._pair.student, each, self._work) for each in (judged, batches))

@@ -65,6 +65,6 @@ class RecoverySettings:
 
     def in_use(self) -> dict[str, Any]:
         """Plain values of what this method looks at."""
-        unused = {"train", "learning_rate", "epochs", "lora_r"} if self.method == "lr" else {"ridge"}
+        unused = {"train", "learning_rate", "epochs", "batch_size", "lora_r"} if self.method == "lr" else {"ridge"}
         unused |= set() if self.train == "lora" else {"lora_r"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}

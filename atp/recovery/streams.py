@@ -29,6 +29,8 @@ class Stream:
         large = nbytes > IN_MEMORY
         self._folder = tempfile.TemporaryDirectory(dir=folder, prefix=STREAMS) if large else None
         self._batches: dict[int, Tensor] = {}
+        self._nbytes = nbytes
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
     def opening(cls, half: Half, batches: Mapping[int, Tensor], folder: Path) -> "Stream":
@@ -68,8 +70,18 @@ class Stream:
         batch = batch.detach().cpu().contiguous()
         if self._folder is not None:
             batch.view(torch.uint8).numpy().tofile(self._file(index))
-            batch = batch.to("meta")
-        self._batches[index] = batch
+            self._batches[index] = batch.to("meta")
+        elif index in self._batches:
+            self._batches[index].copy_(batch)
+        else:
+            self._batches[index] = self._own(batch)
+
+    def _own(self, batch: Tensor) -> Tensor:
+        """A copy, in memory that all batches share: pieces by themselves leave holes that the process never returns."""
+        if len(self._room) < batch.nbytes:
+            self._room = torch.empty(max(self._nbytes, batch.nbytes), dtype=torch.uint8)
+        copy, self._room = self._room[: batch.nbytes], self._room[batch.nbytes :]
+        return copy.view(batch.dtype).view(batch.shape).copy_(batch)
 
     def mapped(self, by: Callable[[Tensor], Tensor], folder: Path) -> "Stream":
         """A new stream of what `by` gives for each batch."""
