@@ -120,7 +120,10 @@ def blocks_plot(rows: list[Row]) -> bytes:
     settings = dict.fromkeys(_setting(row) for row in rows if "blocks" in row)
     lines = math.ceil(len(settings) / 2)
     figure = Figure(figsize=(9, 3.4 * lines), layout="constrained")
-    for axes, setting in zip(figure.subplots(lines, 2, squeeze=False).flat, settings, strict=False):
+    panels = list(figure.subplots(lines, 2, squeeze=False).flat)
+    for axes in panels[len(settings) :]:
+        axes.set_axis_off()
+    for axes, setting in zip(panels, settings, strict=False):
         chosen = [row for row in rows if "blocks" in row and _setting(row) == setting]
         chosen = [row for row in chosen if not row["keep_best"]] or chosen
         _errors(axes, chosen[0], "before", "none", "#555555")

@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 
-from atp.report import write_report
+from atp.report import write_comparison, write_report
 from atp.report.page.block_errors import error_charts, read_blocks
-from atp.report.page.recovery import recovery_section
+from atp.report.page.recovery import recoveries_section, recovery_section
 from atp.report.record import read_run
 from tests.report import folders
 from tests.report.test_page import HOSTILE, Reader, page_of, without_charts
@@ -83,6 +83,30 @@ def test_the_page_has_the_section_where_a_run_was_recovered_only(tmp_path, monke
     assert "block 29, held-out, after: " in recovered
     without_charts(monkeypatch)
     assert "recovery" not in page_of(folders.run(tmp_path / "plain"))
+
+
+def test_runs_side_by_side_say_what_recovery_made_of_each():
+    recoveries = {"a": WHOLE, "b": {}, "c": folders.recovery(kept=False), "d": {"method": "lr"}}
+    (table,) = recoveries_section(recoveries).tables
+    before, after = (WHOLE["overall"][time]["held_out"]["perplexity"] for time in ("before", "after"))
+    figures = [f"{before:.4g}", f"{after:.4g} (-{(1 - after / before) * 100:.1f} %)"]
+    assert [[value.plain for value in row] for row in table.rows] == [
+        ["a", "br+gp", "kept", "28 of 30", *figures],
+        ["c", "br+gp", "rolled back", "28 of 30", *figures],
+        ["d", "lr", "-", "-", "-", "-"],
+    ]
+    assert recoveries_section({"b": {}}).is_empty
+
+
+def test_a_page_of_several_runs_has_the_section_where_one_was_recovered(tmp_path, monkeypatch):
+    without_charts(monkeypatch)
+    recovered, *plain = (
+        read_run(folders.run(tmp_path / name, False, recovered=made))
+        for name, made in zip("abc", (WHOLE, None, None), strict=True)
+    )
+    for records, wanted in (([recovered, plain[0]], True), (plain, False)):
+        write_comparison(records, tmp_path / "page.html")
+        assert ("What recovery made of pruned models" in (tmp_path / "page.html").read_text()) == wanted
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from atp.report.page.block_errors import CALIBRATION, TEXTS, TIMES, Block, error_charts, read_blocks
+from atp.report.page.block_errors import CALIBRATION, HELD_OUT, TEXTS, TIMES, Block, error_charts, read_blocks
 from atp.report.page.parts import Section, Table, Value
-from atp.report.page.texts import compared, moved, short
+from atp.report.page.texts import NOTHING, compared, moved, short
 from atp.report.values import at, flag, lower_is_better, mapping_at, number_at, text_at
 
 _MEASURES = {"perplexity": "perplexity", "nll": "nll, nats per token", "kl": "KL from the teacher, nats per token"}
@@ -30,6 +30,26 @@ def recovery_section(recovery: Mapping[str, Any]) -> Section:
     )
 
 
+def recoveries_section(recoveries: Mapping[str, Mapping[str, Any]]) -> Section:
+    """A row a run that was recovered, by its name; empty where none was."""
+    columns = ("run", "method", "result", "blocks kept", "held-out perplexity before", "after")
+    rows = tuple((Value(name), *_at_a_glance(recovery)) for name, recovery in recoveries.items() if recovery)
+    tables = (Table("What recovery made of pruned models", columns, rows, wide=True),) if rows else ()
+    intro = "All other figures of this page are of the models as they were before it." if rows else ""
+    return Section("recovery", "Recovery", intro, tables=tables)
+
+
+def _at_a_glance(recovery: Mapping[str, Any]) -> tuple[Value, ...]:
+    before, after = (number_at(recovery, "overall", time, HELD_OUT, "perplexity") for time in TIMES)
+    return (
+        Value(_cut(text_at(recovery, "method")) or NOTHING),
+        Value(_result(recovery) or NOTHING),
+        Value(_blocks_kept(read_blocks(recovery)) or NOTHING),
+        Value(short(before)),
+        compared(short(after), after, before, True),
+    )
+
+
 def _sentence(recovery: Mapping[str, Any], blocks: Sequence[Block]) -> str:
     """What was done, and whether it was kept."""
     method, student, teacher = (_cut(text_at(recovery, key)) for key in ("method", "student", "teacher"))
@@ -37,11 +57,20 @@ def _sentence(recovery: Mapping[str, Any], blocks: Sequence[Block]) -> str:
     words += [f"of {student}"] if student else []
     words += [f"with {teacher} as its teacher"] if teacher else []
     words += [f"on {text}"] if (text := _text_used(mapping_at(recovery, "data", CALIBRATION))) else []
-    kept = flag(at(recovery, "overall", "kept"))
-    told = [block.kept for block in blocks if block.kept is not None]
-    outcome = [] if kept is None else ["the result was kept" if kept else "the result was rolled back"]
-    outcome += [f"block by block, {sum(told)} of {len(told)} were kept"] if told else []
+    result, of_blocks = _result(recovery), _blocks_kept(blocks)
+    outcome = [f"the result was {result}"] if result else []
+    outcome += [f"block by block, {of_blocks} were kept"] if of_blocks else []
     return f"{' '.join(words)}: {'; '.join(outcome) or 'whether it was kept is not recorded'}."
+
+
+def _result(recovery: Mapping[str, Any]) -> str:
+    kept = flag(at(recovery, "overall", "kept"))
+    return "" if kept is None else "kept" if kept else "rolled back"
+
+
+def _blocks_kept(blocks: Sequence[Block]) -> str:
+    told = [block.kept for block in blocks if block.kept is not None]
+    return f"{sum(told)} of {len(told)}" if told else ""
 
 
 def _text_used(data: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from atp.errors import ConfigError
 from atp.report.answers import answers
 from atp.report.page.fronts import front_charts
 from atp.report.page.parts import Page, Section, Table, Value, plain_table
+from atp.report.page.recovery import recoveries_section
 from atp.report.page.regressions import PERPLEXITY_TOLERANCE, data_warnings, regressions
 from atp.report.page.tasks import tasks_section
 from atp.report.page.texts import NOTHING, compared, megabytes, moved, share, short
@@ -38,6 +39,7 @@ def comparison_page(
         _regressions_section(worse, variants, base),
         Section("fronts", "Quality against size and speed", charts=tuple(front_charts(variants, base))),
         tasks_section([(variant.name, dict(variant.scores)) for variant in variants if variant.scores]),
+        recoveries_section({record.name: record.recovery for record in records}),
         Section("answers", "Answers", items=tuple(f"{q} {a}" for q, a in answers(_cells(records)).items())),
         Section("settings", "Settings that differ", tables=_settings_tables(variants)),
         Section("failed", "Failed runs", items=tuple(_failure(row) for row in failed[:_SHOWN])),
