@@ -81,7 +81,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--held-out-windows", type=int, default=64, help="and of other text (default %(default)s)")
     data.add_argument("--tasks", metavar="TASK", action="append", default=[], help="scored before and after: atp eval")
     data.add_argument("--task-rows", type=int, metavar="N", help="score N rows of each task, evenly spread")
-    fit = parser.add_argument_group("fit")
+    fit = parser.add_argument_group("fit", "Rate, epochs and batch are those of Adam: lr has none.")
     fit.add_argument("--train", choices=TRAINS, default=defaults.train, help="of a block (default %(default)s)")
     fit.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default %(default)s)")
     fit.add_argument("--epochs", type=int, default=defaults.epochs, help="(default %(default)s)")
