@@ -52,7 +52,7 @@ def by_method(rows: list[Row]) -> list[str]:
             _change(*(_perplexity(row, when, text) for when in ("before", "after")), ".2f")
             for text in ("test", "other")
         ]
-        passes = "one look" if row["method"] == "lr" else f"{row['epochs']} passes"
+        passes = "one look" if row["method"] == "lr" else f"{row['epochs']} passes, {_steps(row)} steps"
         size = f"{row['windows']} windows, {passes}"
         kept = "" if "blocks" not in row else _kept(row)
         name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
@@ -62,6 +62,11 @@ def by_method(rows: list[Row]) -> list[str]:
             f"| {row['seconds']:,.0f} |"
         )
     return lines
+
+
+def _steps(row: Row) -> int:
+    """Of Adam, a block; of LoRA, in all."""
+    return int(row["epochs"] * math.ceil(row["windows"] / row["batch_size"]))
 
 
 def _setting(row: Row) -> tuple[str, str, str]:
@@ -116,7 +121,10 @@ def made_with(rows: Iterable[Row]) -> str:
 
 
 def blocks_plot(rows: list[Row]) -> bytes:
-    """Relative error of the stream after each block, before and after, on calibration (dashed) and held-out text."""
+    """Relative error of the stream after each block, before and after, on calibration (dashed) and held-out text.
+
+    Of rows of one method that with the most steps.
+    """
     settings = dict.fromkeys(_setting(row) for row in rows if "blocks" in row)
     lines = math.ceil(len(settings) / 2)
     figure = Figure(figsize=(9, 3.4 * lines), layout="constrained")
@@ -126,8 +134,9 @@ def blocks_plot(rows: list[Row]) -> bytes:
     for axes, setting in zip(panels, settings, strict=False):
         chosen = [row for row in rows if "blocks" in row and _setting(row) == setting]
         chosen = [row for row in chosen if not row["keep_best"]] or chosen
-        _errors(axes, chosen[0], "before", "none", "#555555")
-        for row in chosen:
+        most = {row["method"]: row for row in sorted(chosen, key=_steps)}
+        _errors(axes, next(iter(most.values())), "before", "none", "#555555")
+        for row in sorted(most.values(), key=lambda row: METHODS.index(row["method"])):
             _errors(axes, row, "after", row["method"], _COLORS[METHODS.index(row["method"])])
         axes.set_title(", ".join(setting), fontsize=9)
         axes.set_xlabel("block")
