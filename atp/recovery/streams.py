@@ -71,8 +71,8 @@ class Stream:
         if self._folder is not None:
             batch.view(torch.uint8).numpy().tofile(self._file(index))
             self._batches[index] = batch.to("meta")
-        elif index in self._batches:
-            self._batches[index].copy_(batch)
+        elif (held := self._batches.get(index)) is not None and held.dtype == batch.dtype:
+            held.copy_(batch)
         else:
             self._batches[index] = self._own(batch)
 

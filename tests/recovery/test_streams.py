@@ -35,6 +35,13 @@ def test_passing_on_changes_no_other_stream_and_not_what_was_given(folder):
     assert given.eq(1).all()
 
 
+def test_what_is_passed_on_keeps_its_precision(folder):
+    stream = Stream(24, folder)
+    stream[0] = torch.ones(2, 3, dtype=torch.bfloat16)
+    stream.pass_on(lambda batch: batch.float() / 3)
+    assert torch.equal(stream[0], torch.ones(2, 3) / 3)
+
+
 def test_a_large_stream_lies_on_the_disk_and_goes_with_the_object(tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "IN_MEMORY", 23)
     stream = Stream(24, tmp_path)
