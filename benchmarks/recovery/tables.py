@@ -52,7 +52,8 @@ def by_method(rows: list[Row]) -> list[str]:
             _change(*(_perplexity(row, when, text) for when in ("before", "after")), ".2f")
             for text in ("test", "other")
         ]
-        passes = "one look" if row["method"] == "lr" else f"{row['epochs']} passes, {_steps(row)} steps"
+        once = "one pass" if row["epochs"] == 1 else f"{row['epochs']} passes"
+        passes = "one look" if row["method"] == "lr" else f"{once}, {_steps(row)} steps"
         size = f"{row['windows']} windows, {passes}"
         kept = "" if "blocks" not in row else _kept(row)
         name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
