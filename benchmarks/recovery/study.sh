@@ -6,4 +6,4 @@ student=${4:-one-stage run}
 size="--windows ${WINDOWS:-40} --epochs ${EPOCHS:-2} --batch-size ${BATCH:-1}"
 measured="--held-out-windows 16 --test-windows 32 --other-windows 4"
 $study $size $measured --student "$student" --methods "${METHODS:-lr,br,br+gp,br+gp+cr,lora}" --no-keep-best
-$study $size $measured --student "$student" --methods br+gp
+$study $size $measured --student "$student" --methods br+gp+cr
