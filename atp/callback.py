@@ -26,6 +26,7 @@ from atp.export import About, Result, export
 from atp.export.card import chosen
 from atp.files import write_json, written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
+from atp.processes import summed
 from atp.report import write_report
 from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
@@ -39,7 +40,6 @@ from atp.training.calibration import check_disjoint
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.monitor import Monitor
-from atp.training.processes import summed
 from atp.training.run import PruningRun
 from atp.training.state import (
     FOLDER,

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from atp import ATPCallback
 from atp.journal import JOURNAL, read_lines
 from atp.layers import attachment_of
 from atp.structure.sharding import is_sharded, whole
+from atp.training import propagation
 from tests import runs
 
 ROWS_A_STEP = 4
@@ -54,16 +56,25 @@ CASES = {
 
 
 class Seen(TrainerCallback):
-    """A hash of the decision in force, pass by pass."""
+    """A hash of the decision in force, pass by pass, and which batches the last refit looked at here."""
 
     def __init__(self) -> None:
         self.decisions: list[str] = []
+        self.refitted_to: list[int] = []
+        propagation._follow_block = self._noting(propagation._follow_block)
 
     def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
         self._see(kwargs["model"])
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._see(kwargs["model"])
+
+    def _noting(self, own: Callable) -> Callable:
+        def instead(*args: Any) -> None:
+            self.refitted_to = [stream.index for stream in args[-1]]
+            own(*args)
+
+        return instead
 
     def _see(self, model: Any) -> None:
         masks = attachment_of(model).decision().values()
@@ -133,6 +144,7 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
     save_file({n: t for n, t in tensors.items() if "base_layer" in n}, out / f"base-{rank}.safetensors")
     report = {
         "decisions": seen.decisions,
+        "refitted to": seen.refitted_to,
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "held out": [found["held_out"] for found in read_lines(out / JOURNAL)[0] if "held_out" in found],
         "engine": type(run.model_wrapped).__name__,

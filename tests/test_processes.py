@@ -138,6 +138,7 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
         assert bool(here["in parts"]) == (engine in IN_PARTS)
         assert here["compact"] == (engine != "zero3"), "steps after the freeze compute what they need not"
         assert here["decisions"] == there["decisions"], "ranks decide otherwise"
+        assert sorted(here["refitted to"] + there["refitted to"]) == one["refitted to"], "not shared out"
         assert all(runs.same(left(two, case, what), left(two, case, what, 1)) for what in WHAT), "ranks differ"
         worst = max(abs(a - b) for a, b in zip(here["losses"], one["losses"], strict=True))
         for mine, other in zip(here["held out"], one["held out"], strict=True):

@@ -39,7 +39,8 @@ LIVE_PARAMETERS = 1_000_000_000
 """Of ZeRO-3, gathered at a time at most: DeepSpeed's `stage3_max_live_parameters`, whose default nobody changes."""
 
 STREAMS = 6
-"""Tensors of `(refit_rows, length, hidden_size)` that the final refit holds (`training.propagation`)."""
+"""Tensors of `(rows, length, hidden_size)` that the final refit holds, of a device's share of the rows
+(`training.propagation`)."""
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,7 +54,8 @@ class Plan:
 
     Attributes:
         memory: by what it is for.
-        refit: what the final refit holds besides weights, once, on each device; quantised weights are not refitted.
+        refit: what the final refit of its share of the rows holds besides weights, once; quantised weights are not
+            refitted.
         flops: of the step on one device, adapters and attention included.
         overhead_flops: of these, the generator's.
         messages: bytes that a device sends in a step: `lora` for plain LoRA on this engine, `atp` what pruning adds.
@@ -115,7 +117,7 @@ def plan(
     hidden = base.config.get_text_config().hidden_size
     return Plan(
         memory=memory,
-        refit=0 if bits else STREAMS * config.refit_rows * length * hidden * base.dtype.itemsize,
+        refit=0 if bits else STREAMS * -(-config.refit_rows // devices) * length * hidden * base.dtype.itemsize,
         flops=flops,
         overhead_flops=6.0 * generator * len(attachment.space.structure.blocks),
         messages=_messages(engine, devices, weights, adapters, masks, attachment),

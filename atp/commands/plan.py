@@ -66,7 +66,10 @@ def run(arguments: argparse.Namespace) -> None:
         [
             *((name, _gib(size)) for name, size in found.memory.items()),
             ("a step in all", _gib(found.total)),
-            (f"the final refit ({config.refit_rows} rows), once, beside weights and optimizer", _gib(found.refit)),
+            (
+                f"the final refit (its share of {config.refit_rows} rows), once, beside weights and optimizer",
+                _gib(found.refit),
+            ),
         ],
     )
     added = found.messages["atp"] / max(found.messages["lora"], 1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from atp.criteria.surgeon import typical
+from atp.processes import summed
 
 
 class Ridge:
@@ -43,6 +44,10 @@ class Ridge:
                 x, off = x * counts.flatten(0, -2), off * counts.flatten(0, -2)
             self._gram.addmm_(x.T, x)
             self._missing.addmm_(x.T, off)
+
+    def share(self) -> None:
+        """Add up what all processes have looked at."""
+        self._gram, self._missing = summed(self._gram), summed(self._missing)
 
     def change(self, prior: float) -> tuple[Tensor, Tensor | None]:
         """V, `(out_features, in_features)`, and what is added to the bias, `(out_features,)`, where it is fitted."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
 from atp.criteria.surgeon import removal_costs, square_root
+from atp.processes import counted, dealt, summed
 from atp.structure.live import base_layer, dequantised_weight
 from atp.structure.sharding import gathered
 from atp.structure.space import PrunableLinear, Space
@@ -105,14 +106,17 @@ def taylor(
     leaves = [masks[name].requires_grad_(True) for name in names]
     absolute, total, squares = ([torch.zeros(len(leaf)) for leaf in leaves] for _ in range(3))
     count = 0
-    for count, batch in enumerate(batches, start=1):  # noqa: B007
-        for i, gradient in enumerate(torch.autograd.grad(loss(batch), leaves)):
-            gradient = gradient.cpu()
+    for one in dealt(batches):
+        gradients = torch.autograd.grad(loss(one.batch), leaves)
+        count += one.counts
+        for i, gradient in enumerate(gradient.cpu() for gradient in gradients if one.counts):
             absolute[i] += gradient.abs()
             total[i] += gradient
             squares[i] += gradient.square()
     for leaf in leaves:
         leaf.requires_grad_(False)
+    count = counted(count)
+    absolute, total, squares = ([summed(sums) for sums in each] for each in (absolute, total, squares))
     second = [(t / count - s / (2 * count)).abs() for t, s in zip(total, squares, strict=True)] if count else total
     return dict(zip(names, absolute if order == 1 else second, strict=True))
 

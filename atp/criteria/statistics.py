@@ -1,17 +1,20 @@
 """Statistics of what linear layers read, and of the loss's slope at what they write, over calibration batches.
 
 Nothing is kept but sums. Every token counts the same, padding included: give calibration rows that fill their windows.
+Where several processes run, all are given the same batches; each looks at its share, and all end with the sums of all.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from atp.passes import removed_after
+from atp.processes import counted, dealt, least, summed
 from atp.structure.live import base_layer
 
 Batches = Iterable[Any]
@@ -52,10 +55,9 @@ def input_moments(
         else:
             moments[name] = Moments(len(x), total, squares)
 
-    with torch.no_grad(), watched_inputs(layers, see):
-        for batch in batches:
-            forward(batch)
-    return moments
+    with torch.no_grad():
+        _pass_through(batches, forward, lambda: watched_inputs(layers, see))
+    return {name: Moments(counted(m.tokens), summed(m.total), summed(m.squares)) for name, m in moments.items()}
 
 
 @contextmanager
@@ -107,15 +109,15 @@ def curvatures(
         ready = _first_that_fit(waiting, budget_bytes)
         tokens = dict.fromkeys(ready, 0)
         now = {name: waiting.pop(name) for name in ready}
-        with _watched_curvature(now, ready, tokens):
-            for batch in batches:
-                torch.autograd.grad(loss(batch), leaves)
+        _pass_through(
+            batches,
+            lambda batch: torch.autograd.grad(loss(batch), leaves),
+            partial(_watched_curvature, now, ready, tokens),
+        )
         while ready:
             name = next(iter(ready))
-            found = ready.pop(name)
-            found.inputs /= max(tokens[name], 1)
-            found.gradients /= max(tokens[name], 1)
-            yield name, found
+            found, count = ready.pop(name), max(counted(tokens[name]), 1)
+            yield name, Curvature(summed(found.inputs).div_(count), summed(found.gradients).div_(count))
 
 
 def input_grams(
@@ -132,12 +134,20 @@ def input_grams(
         def see(name: str, x: Tensor, ready: dict[str, Tensor] = ready) -> None:
             ready[name].addmm_(x.T, x)
 
-        with torch.no_grad(), watched_inputs({name: waiting.pop(name) for name in ready}, see):
-            for batch in batches:
-                forward(batch)
+        with torch.no_grad():
+            _pass_through(batches, forward, partial(watched_inputs, {name: waiting.pop(name) for name in ready}, see))
         while ready:
             name = next(iter(ready))
-            yield name, ready.pop(name)
+            yield name, summed(ready.pop(name))
+
+
+def _pass_through(
+    batches: Batches, through: Callable[[Any], object], watched: Callable[[], AbstractContextManager]
+) -> None:
+    """Pass this process's share of the batches through, those that count within `watched()`."""
+    for one in dealt(batches):
+        with watched() if one.counts else nullcontext():
+            through(one.batch)
 
 
 @contextmanager
@@ -188,6 +198,7 @@ def fits(kept: Mapping[str, Tensor], another: Tensor) -> bool:
 
 
 def _spare_bytes(device: torch.device) -> int:
+    """The same for all processes, so that they take the same layers at a time."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 3
+        return least(torch.cuda.mem_get_info(device)[0] // 3)
     return 8 << 30

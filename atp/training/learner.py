@@ -20,11 +20,11 @@ from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
 from atp.ops.implementation import uses_triton
+from atp.processes import averaged, from_first
 from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.losses import budget_loss
-from atp.training.processes import averaged, from_first
 from atp.training.proximal import proximal_step
 from atp.training.schedule import Schedule
 from atp.training.state import under

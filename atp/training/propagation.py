@@ -9,8 +9,8 @@ before it (the global propagation of Shin et al., EMNLP 2024):
 Where an RMS norm reads what the layer writes (Gemma 2 and 3, OLMo 2), t is what the norm must be given, to first order
 at the dense model's root mean square. Readers of MLPs are refitted too, for the same target (`refitting`). Where a
 block's output is more than its input and what attention and MLP bring to it, t is what the dense layer writes and no
-more. Held for all calibration rows: two streams and, within a block, what both writers write, the dense stream before
-them, and what is read.
+more. Held for all calibration rows (of several processes each holds its share): two streams and, within a block, what
+both writers write, the dense stream before them, and what is read.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from atp.criteria.statistics import Batches
 from atp.layers import Attachment
 from atp.passes import as_given, beside, block_calls, first_output, giving, inputs_of, outputs_of, removed_after
+from atp.processes import Dealt, counted, dealt
 from atp.structure.discovery import Block
 from atp.structure.sharding import gathered, is_sharded
 from atp.training.refitting import refit_readers, refit_writer
@@ -38,8 +39,12 @@ LEAST_GAIN = 0.1
 
 @dataclass(eq=False)
 class Stream:
-    """One calibration batch on its way: hidden states, `(rows, tokens, hidden)`, of both models before a block."""
+    """One calibration batch, number `index` of all, on its way.
 
+    `dense`, `pruned`: hidden states before a block, `(rows, tokens, hidden)`, of both models.
+    """
+
+    index: int
     dense: Tensor
     pruned: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
@@ -107,12 +112,22 @@ def follow(
     was_training = lm.training
     lm.eval()
     try:
-        seen = tqdm(batches, desc="atp: rows to refit to", leave=False, disable=quiet)
+        own: list[Dealt] = []
+
+        def share() -> Iterator[Any]:
+            for one in dealt(tqdm(batches, desc="atp: rows to refit to", leave=False, disable=quiet)):
+                own.append(one)
+                yield one.batch
+
         with attachment.opened():
             modules = [lm.get_submodule(block.path) for block in blocks]
             sharded = any(is_sharded(p) for module in modules for p in module.parameters())
-            calls, precision = block_calls(modules, forward, seen, to_the_end=sharded)
-        streams = [Stream(each.hidden, each.hidden, each.of_block) for each in calls]
+            calls, precision = block_calls(modules, forward, share(), to_the_end=sharded)
+        streams = [
+            Stream(one.index, each.hidden, each.hidden, each.of_block)
+            for one, each in zip(own, calls, strict=True)
+            if one.counts
+        ]
         for stream in streams:
             stream.pruned = attachment.along_stream(stream.dense)
         if compact:
@@ -161,7 +176,7 @@ def _follow_block(
         dense[i] = dense[i] + attention.brings(by_attention[i])
     by_attention.clear()
     if block.mlp.path not in off:
-        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp))
+        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp), [s.index for s in streams])
         read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
         refit_writer(mlp.writer, writers[block.mlp.writer.path], read, wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):
@@ -191,7 +206,7 @@ def _dense_pass(
         by_attention += o
         by_mlp += g
         stream.dense = after
-    return by_attention, by_mlp, additive
+    return by_attention, by_mlp, counted(not additive) == 0
 
 
 def _ways(attachment: Attachment, block: Block, module: nn.Module, stream: Stream) -> tuple[_Way, _Way]:

@@ -10,9 +10,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from atp.processes import summed
 from atp.structure.sharding import held, is_sharded, part, replicas_of, scale, shape_of
 from atp.structure.space import Axis, Space
-from atp.training.processes import summed
 
 
 @torch.no_grad()

@@ -10,6 +10,8 @@ by a few conjugate gradients, preconditioned as by K-FAC (arXiv 1503.05671): (Dá
 gradient is that of all tokens, the curvature that of a draw, as in subsampled Newton methods (arXiv 1601.04737). f is
 not linear, so the step is halved until the output lacks less, or not taken.
 
+Where several processes run, each is given its own batches, and all refit to those of all.
+
 Not covered: attention's readers.
 """
 
@@ -25,6 +27,7 @@ from atp.criteria.ridge import Ridge
 from atp.criteria.surgeon import typical
 from atp.layers import Attachment, base_changed
 from atp.passes import inputs_of, removed_after
+from atp.processes import counted, summed
 from atp.structure.discovery import MLP
 from atp.structure.live import adapter_delta, base_layer
 from atp.structure.space import Axis
@@ -148,16 +151,19 @@ def refit_writer(writer: nn.Module, keep: Tensor | None, inputs: Iterable[Tensor
 
 
 @torch.no_grad()
-def refit_readers(attachment: Attachment, mlp: MLP, entering: list[Tensor], wanted: Callable[[], Wanted]) -> None:
+def refit_readers(
+    attachment: Attachment, mlp: MLP, entering: list[Tensor], wanted: Callable[[], Wanted], seeds: Sequence[int]
+) -> None:
     """Refit the kept part of an MLP's readers in place, for a writer that is refitted afterwards; that stays as it is.
 
     Args:
         attachment: under the masks that are final.
         entering: what the MLP is given, a batch each, `(rows, tokens, hidden_size)`.
         wanted: what its writer should write.
+        seeds: of the tokens drawn, a batch each.
     """
     kept = KeptMLP.of(attachment, mlp)
-    drawn = _drawn(kept, entering, wanted())
+    drawn = _drawn(kept, entering, wanted(), seeds)
     hidden = (kept.hidden(batch.x) for batch in drawn)
     columns = _effective(kept.writer)[:, kept.channels]
     columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((b.target, b.weight) for b in drawn))
@@ -196,7 +202,7 @@ def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, batch: _Batch) -> T
 
 
 def _size(missing: Iterable[Tensor]) -> float:
-    return _sum(off.square().sum() for off in missing).item()
+    return summed(_sum(off.square().sum() for off in missing)).item()
 
 
 def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wanted: Wanted) -> Tensor:
@@ -204,6 +210,7 @@ def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wa
     ridge = Ridge(_effective(writer)[:, kept], base_layer(writer).bias)
     for x, (target, weight) in zip(inputs, wanted, strict=True):
         ridge.add(_of_kept(x, kept), target, weight)
+    ridge.share()
     return ridge.change(PRIOR)[0]
 
 
@@ -214,13 +221,13 @@ def _batches(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> Iterator[
         yield _Batch(x * kept.inputs.to(x.dtype), target, weight)
 
 
-def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> list[_Batch]:
+def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted, seeds: Sequence[int]) -> list[_Batch]:
     """The same share of each batch, `READER_TOKENS` a channel in all where there are as many, `AT_ONCE` at a time."""
-    share = READER_TOKENS * len(kept.channels) / sum(x.shape[:-1].numel() for x in entering)
-    random = torch.Generator().manual_seed(0)
+    share = READER_TOKENS * len(kept.channels) / counted(sum(x.shape[:-1].numel() for x in entering))
     parts: list[tuple[Tensor, ...]] = []
-    for batch in _batches(kept, entering, wanted):
+    for batch, seed in zip(_batches(kept, entering, wanted), seeds, strict=True):
         count = batch.x.shape[:-1].numel()
+        random = torch.Generator().manual_seed(seed)
         order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(batch.x.device)
         parts.append(tuple(t.flatten(0, -2)[order] for t in batch))
     chunks = zip(*(torch.cat(part).split(AT_ONCE) for part in zip(*parts, strict=True)), strict=True)
@@ -261,26 +268,26 @@ def _gradient(tokens: Iterable[_Tokens], columns: Tensor) -> Tensor:
         total = found if total is None else total.add_(found)
         count += len(t.inputs)
     assert total is not None
-    return total / count
+    return summed(total) / counted(count)
 
 
 def _reader_change(tokens: list[_Tokens], gradient: Tensor, columns: Tensor) -> Tensor:
     """V, `(readers, channels, inputs)`, by `gradient` of all tokens and the curvature of `tokens`."""
-    count = sum(len(t.inputs) for t in tokens)
+    count = counted(sum(len(t.inputs) for t in tokens))
     together = columns.T @ columns
-    read = _sum(t.inputs.T @ t.inputs for t in tokens) / count
-    effect = together * _sum(t.slopes.mT @ t.slopes for t in tokens) / count
+    read = summed(_sum(t.inputs.T @ t.inputs for t in tokens)) / count
+    effect = together * summed(_sum(t.slopes.mT @ t.slopes for t in tokens)) / count
     typically = torch.stack([typical(e) for e in effect])[:, None, None]
     pull = READER_PRIOR * typical(read) * typically
     by_inputs = torch.linalg.inv(_damped(read, typical(read)))
     by_channels = torch.linalg.inv(_damped(effect, typically))
 
     def product(v: Tensor) -> Tensor:
-        found = pull * v
+        found = torch.zeros_like(v)
         for t in tokens:
             written = ((t.inputs @ v.mT) * t.slopes).sum(0)
             found += ((written @ together) * t.slopes).mT @ t.inputs / count
-        return found
+        return summed(found) + pull * v
 
     left = gradient
     change = torch.zeros_like(left)

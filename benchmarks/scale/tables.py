@@ -1,4 +1,4 @@
-"""Tables of `scale/README.md`: what steps on every engine took beside what `atp plan` says; plans of large models."""
+"""Tables of `scale/README.md`: steps on every engine beside what `atp plan` says; a run's stops; large models."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,10 @@ Row = dict[str, Any]
 
 
 def part() -> str:
-    """Both tables."""
-    return "\n".join([*measured(read("cpu.jsonl")), "", *planned(read("plans.jsonl")), ""])
+    """All tables."""
+    return "\n".join(
+        [*measured(read("cpu.jsonl")), "", *stops(read("stops.jsonl")), "", *planned(read("plans.jsonl")), ""]
+    )
 
 
 def read(name: str) -> list[Row]:
@@ -39,6 +41,20 @@ def shapes(row: Row) -> str:
     blocks = f", {row['layers']} blocks" if row["layers"] else ""
     again = ", checkpointing" if row["gradient_checkpointing"] else ""
     return f"{row['model']}{blocks}, {row['rows']} x {row['length']}{again}"
+
+
+def stops(rows: list[Row]) -> list[str]:
+    alone = rows[0]
+    lines = [
+        "| processes | scores, s | / one | refit, s | / one |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        scores, refit = (f"{row[what]:.1f} | {row[what] / alone[what]:.2f}" for what in ("scores", "refit"))
+        lines.append(f"| {row['processes']} | {scores} | {refit} |")
+    rows_of = f"{alone['score_rows']} rows scored and {alone['refit_rows']} refitted to, of {alone['length']} tokens"
+    made = f"{alone['model']}, {alone['layers']} blocks, {rows_of}; {alone['threads']} thread each, {alone['device']}"
+    return [*lines, "", f"{made}; torch {alone['torch']}, transformers {alone['transformers']}."]
 
 
 def planned(rows: list[Row]) -> list[str]:

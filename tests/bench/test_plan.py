@@ -58,6 +58,11 @@ def test_what_engines_share_is_shared() -> None:
     assert by_engine["zero2"]["optimizer"] == by_engine["zero3"]["optimizer"] == 3 * adapters // 4
 
 
+def test_rows_of_the_refit_are_shared() -> None:
+    one, four, many = (planned(devices=devices).refit for devices in (1, 4, 300))
+    assert one == 4 * four == 256 * many
+
+
 def test_quantised_weights_take_their_bits() -> None:
     whole, quarter = planned().memory["base weights"], planned(bits=4).memory["base weights"]
     prunable = attached(tiny.model(), ATPConfig(round_to=1)).space.prunable_parameters

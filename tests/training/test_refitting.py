@@ -113,7 +113,7 @@ def test_a_change_that_does_not_help_is_not_made(monkeypatch) -> None:
     before = {reader.layer: base_layer(reader.layer).weight.clone() for reader in kept.readers}
     monkeypatch.setattr(refitting, "_reader_change", lambda *_args: [torch.full((1, 1), 1e3)] * 2)
     x = entering()
-    refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)])
+    refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)], [0])
     for layer, weight in before.items():
         assert torch.equal(base_layer(layer).weight, weight)
 
@@ -145,7 +145,7 @@ def test_the_gradient_for_readers_is_of_all_tokens_and_the_curvature_of_a_draw(f
 
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(refitting, "_reader_change", looked_at)
-    refitting.refit_readers(attachment, mlp, batches, lambda: [(x, weight) for x in batches])
+    refitting.refit_readers(attachment, mlp, batches, lambda: [(x, weight) for x in batches], range(len(batches)))
     assert seen
 
 
@@ -176,6 +176,6 @@ def test_what_is_solved_is_in_float32_under_autocast(step: str, monkeypatch) -> 
     monkeypatch.setattr(refitting, step, twice)
     x = entering()
     with torch.autocast("cpu", torch.bfloat16):
-        refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)])
+        refitting.refit_readers(attachment, mlp, [x], lambda: [(x, None)], [0])
     assert found[0].dtype == torch.float32
     assert torch.equal(found[0], found[1])
