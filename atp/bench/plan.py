@@ -120,7 +120,7 @@ def plan(
         refit=0 if bits else STREAMS * -(-config.refit_rows // devices) * length * hidden * base.dtype.itemsize,
         flops=flops,
         overhead_flops=6.0 * generator * len(attachment.space.structure.blocks),
-        messages=_messages(engine, devices, weights, adapters, masks, attachment),
+        messages=_messages(engine, devices, weights, adapters, masks, attachment, checkpointing),
         touched={"step": passes * weights + 2 * activations, "atp": 3 * adapters + 20 * generator},
     )
 
@@ -198,14 +198,20 @@ def _held(engine: str, devices: int, attachment: Attachment, weights: int, adapt
 
 
 def _messages(
-    engine: str, devices: int, weights: int, adapters: int, masks: int, attachment: Attachment
+    engine: str, devices: int, weights: int, adapters: int, masks: int, attachment: Attachment, checkpointing: bool
 ) -> dict[str, int]:
-    """Bytes that one device sends, by ring algorithms: (n - 1)/n of a tensor for a gather, twice that for a sum."""
+    """Bytes that one device sends, by ring algorithms: (n - 1)/n of a tensor for a gather, twice that for a sum.
+
+    What is recomputed is gathered once more by ZeRO-3; FSDP2 has it at hand for the backward pass by then.
+    """
     once = (devices - 1) / devices
     lora = 2 * adapters  # reduced, and gathered again
     sharded = engine in ("fsdp2", "zero3")
     if sharded:
         lora = adapters + 2 * (weights + adapters)  # gathered forwards and backwards
+    if engine == "zero3" and checkpointing:
+        blocks = [attachment.lm.get_submodule(block.path) for block in attachment.space.structure.blocks]
+        lora += sum(_bytes(block.parameters()) for block in blocks)
     extra = 4 * (2 * masks + masks)  # gradients summed, the decision handed on
     if sharded:
         sizes = {s.name: s.size for s in attachment.space.sets}

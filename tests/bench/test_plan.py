@@ -76,6 +76,16 @@ def test_messages_of_pruning_do_not_grow_with_tokens() -> None:
     assert short.flops < long.flops / 4
 
 
+@pytest.mark.parametrize(("engine", "again"), [("zero3", True), ("fsdp2", False), ("zero2", False)])
+def test_only_zero3_gathers_blocks_again_to_recompute_them(engine: str, again: bool) -> None:
+    """By its calls in two processes a step gathered 480,512 bytes with checkpointing, and 331,904 without."""
+    blocks = adapted(tiny.model(), RANK).base_model.model.model.layers
+    sent = sum(4 * p.numel() for p in blocks.parameters()) // 2  # by each of two
+    without, with_it = (planned(engine, checkpointing=checkpointing).messages for checkpointing in (False, True))
+    assert with_it["lora"] - without["lora"] == (sent if again else 0)
+    assert with_it["atp"] == without["atp"]
+
+
 def test_command_prints_and_writes(tmp_path, capsys) -> None:
     words = ["plan", "--model", "smollm2-135m", "--gpus", "2", "--engine", "zero3", "--rows", "1", "--length", "128"]
     assert main([*words, "--tflops", "0.1", "--gpu-gib", "0.5", "--json", str(tmp_path / "plan.json")]) == 0
