@@ -1,7 +1,7 @@
 """The same few held-out rows, seen by the dense model and by the pruned one, while a run goes on.
 
 Dense is the model with nothing pruned: its base weights as they were at first, with its adapters as they are. Masks,
-gradients, modes and random streams are afterwards as they were.
+gradients, modes and random streams are afterwards as they were. Several processes look at a share of the rows each.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from atp.data import IGNORED
 from atp.layers import Attachment
+from atp.processes import dealt, summed
 from atp.training.compensation import Compensation
 
 
@@ -57,11 +58,13 @@ class HeldOut:
         """Log-perplexity under the masks as they are, nats a token."""
         total, tokens = 0.0, 0
         with self._untouched():
-            for batch in self._batches():
-                learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-                if learned:
-                    total += self._model(**batch).loss.double().item() * learned
+            for one in dealt(self._batches()):
+                loss = self._model(**one.batch).loss
+                learned = int((one.batch["labels"][:, 1:] != IGNORED).sum())
+                if learned and one.counts:
+                    total += loss.double().item() * learned
                     tokens += learned
+        total, tokens = summed(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
         return total / tokens if tokens else float("nan")
 
     def _batches(self) -> Iterator[dict[str, Any]]:
