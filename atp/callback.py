@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -128,6 +129,7 @@ class ATPCallback(TrainerCallback):
     ) -> None:
         """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
         self._feeder.join()
+        _require_rows_of_its_own()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
@@ -449,6 +451,16 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
     changed = {k.removeprefix(COMPENSATED): v for k, v in tensors.items() if k.startswith(COMPENSATED)}
     load_compensated(attachment, changed)
     return attachment
+
+
+def _require_rows_of_its_own() -> None:
+    """Rows are dealt out to processes."""
+    parallel = getattr(AcceleratorState(), "parallelism_config", None)
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        raise UnsupportedModelError(
+            "tensor, context and sequence parallelism are not supported, by which several processes share the pass of "
+            "one row: shard the model with configs/accelerate/fsdp2.yaml or zero3.yaml instead"
+        )
 
 
 def _loss_scale(kwargs: Mapping[str, Any]) -> float:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -443,6 +445,16 @@ def test_failed_start_leaves_the_model_untouched(tmp_path: Path) -> None:
     run = runs.trainer(tmp_path, runs.config(), train=runs.dataset(20))
     with pytest.raises(CalibrationError):
         run.train()
+    assert attachment_of(run.model) is None
+
+
+@pytest.mark.parametrize("kind", ["tp_size", "cp_size"])
+def test_processes_that_share_the_pass_of_a_row_are_refused(tmp_path: Path, monkeypatch, kind: str) -> None:
+    run = runs.trainer(tmp_path, runs.config())
+    events = {"model": run.model, "train_dataloader": run.get_train_dataloader()}
+    monkeypatch.setattr(AcceleratorState(), "parallelism_config", ParallelismConfig(**{kind: 2}))
+    with pytest.raises(UnsupportedModelError, match="tensor, context and sequence parallelism"):
+        runs.callback_of(run).on_train_begin(run.args, run.state, run.control, **events)
     assert attachment_of(run.model) is None
 
 

@@ -92,30 +92,19 @@ def main() -> None:
         from tests.processes import engine_on_cpu  # noqa: PLC0415
 
         arguments = {"use_cpu": True} | engine_on_cpu()
-    training = TrainingArguments(
-        tempfile.mkdtemp(),
-        **arguments,
-        max_steps=words.steps,
-        per_device_train_batch_size=words.rows,
-        gradient_checkpointing=words.gradient_checkpointing,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        logging_strategy="no",
-    )
+    arguments["gradient_checkpointing"] = words.gradient_checkpointing
+    training = silent(words.steps, words.rows, **arguments)
     torch.manual_seed(0)
     speed = gb_per_s(training.world_size)
     seconds += sum(planned.messages.values()) / speed / 1e9
     gc.collect()  # what was timed has gone
     before = resident_mib()
     base = here(words.layers)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=_LORA_RANK, lora_alpha=32, target_modules="all-linear")
     text = torch.randint(base.config.vocab_size, (1024, words.length)).tolist()
     settings = {"init": "random", "compensate": "none", "start_at": 0.0, "freeze_at": 1.0, "export": False}
     callback = Timed(ATPConfig(**settings))
     trainer = Trainer(
-        get_peft_model(base, lora),
+        get_peft_model(base, lora()),
         training,
         train_dataset=[{"input_ids": ids, "labels": ids} for ids in text],
         data_collator=default_data_collator,
@@ -140,15 +129,44 @@ def main() -> None:
         "plan_seconds": seconds,
         "gb_per_s": speed,
         "callback": statistics.median(o / s for o, s in zip(own, steps, strict=True)),
+    }
+    if training.process_index == 0:
+        append(row | machine(), words.out)
+
+
+def append(row: dict[str, Any], out: Path) -> None:
+    print(json.dumps(row, indent=1))
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def silent(steps: int, rows: int, **arguments: Any) -> TrainingArguments:
+    """Training that saves and says nothing."""
+    return TrainingArguments(
+        tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=rows,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        logging_strategy="no",
+        **arguments,
+    )
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=_LORA_RANK, lora_alpha=32, target_modules="all-linear")
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on, for the row."""
+    return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
-    if training.process_index == 0:
-        print(json.dumps(row, indent=1))
-        with words.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 def shell(words: argparse.Namespace) -> PreTrainedModel:

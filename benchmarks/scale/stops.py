@@ -8,18 +8,14 @@ does not depend on them. Rows of text are as many however many processes share t
 """
 
 import argparse
-import json
-import os
-import platform
-import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments, default_data_collator
+from measure import append, lora, machine, silent
+from peft import get_peft_model
+from transformers import Trainer, default_data_collator
 
 from atp import ATPCallback, ATPConfig
 from atp.commands.models import random_model
@@ -62,25 +58,14 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     words = parser.parse_args()
-    training = TrainingArguments(
-        tempfile.mkdtemp(),
-        use_cpu=words.cpu,
-        max_steps=2,
-        per_device_train_batch_size=_ROWS,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        logging_strategy="no",
-    )
+    training = silent(2, _ROWS, use_cpu=words.cpu)
     torch.manual_seed(0)
     base = random_model(words.model, words.layers, dtype="float32")
-    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     text = torch.randint(base.config.vocab_size, (10 * words.score_rows, words.length)).tolist()
     rows = {"calibration_rows": words.score_rows, "refit_rows": words.refit_rows, "refit_first_tokens": 0}
     callback = Timed(ATPConfig(start_at=0.0, freeze_at=0.5, calibration_batch_size=_ROWS, export=False, **rows))
     Trainer(
-        get_peft_model(base, lora),
+        get_peft_model(base, lora()),
         training,
         train_dataset=[{"input_ids": ids, "labels": ids} for ids in text],
         data_collator=default_data_collator,
@@ -93,18 +78,11 @@ def main() -> None:
         "score_rows": words.score_rows,
         "refit_rows": words.refit_rows,
         "processes": training.world_size,
-        "engine": os.environ.get("ATP_ENGINE"),
         "scores": callback.stops[0],
         "refit": callback.stops[1],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
     }
     if training.process_index == 0:
-        print(json.dumps(row, indent=1))
-        with words.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append(row | machine(), words.out)
 
 
 if __name__ == "__main__":
