@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ ROWS_A_STEP = 4
 """Of all processes together."""
 
 HELD_OUT = runs.dataset(6, seed=9)
+
+FOLLOW_BLOCK = propagation._follow_block
 
 KILLED_AT = 6
 """The step in which, or the checkpoint at which, a process dies."""
@@ -61,7 +62,7 @@ class Seen(TrainerCallback):
     def __init__(self) -> None:
         self.decisions: list[str] = []
         self.refitted_to: list[int] = []
-        propagation._follow_block = self._noting(propagation._follow_block)
+        propagation._follow_block = self._follow_block
 
     def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
         self._see(kwargs["model"])
@@ -69,12 +70,9 @@ class Seen(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self._see(kwargs["model"])
 
-    def _noting(self, own: Callable) -> Callable:
-        def instead(*args: Any) -> None:
-            self.refitted_to = [stream.index for stream in args[-1]]
-            own(*args)
-
-        return instead
+    def _follow_block(self, *args: Any) -> None:
+        self.refitted_to = [stream.index for stream in args[-1]]
+        FOLLOW_BLOCK(*args)
 
     def _see(self, model: Any) -> None:
         masks = attachment_of(model).decision().values()

@@ -56,7 +56,7 @@ def input_moments(
             moments[name] = Moments(len(x), total, squares)
 
     with torch.no_grad():
-        _pass_through(batches, forward, lambda: watched_inputs(layers, see))
+        _pass_through(batches, forward, partial(watched_inputs, layers, see))
     return {name: Moments(counted(m.tokens), summed(m.total), summed(m.squares)) for name, m in moments.items()}
 
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from atp.criteria.statistics import Batches
 from atp.layers import Attachment
 from atp.passes import as_given, beside, block_calls, first_output, giving, inputs_of, outputs_of, removed_after
-from atp.processes import Dealt, counted, dealt
+from atp.processes import counted, dealt
 from atp.structure.discovery import Block
 from atp.structure.sharding import gathered, is_sharded
 from atp.training.refitting import refit_readers, refit_writer
@@ -112,17 +112,12 @@ def follow(
     was_training = lm.training
     lm.eval()
     try:
-        own: list[Dealt] = []
-
-        def share() -> Iterator[Any]:
-            for one in dealt(tqdm(batches, desc="atp: rows to refit to", leave=False, disable=quiet)):
-                own.append(one)
-                yield one.batch
-
+        own = list(dealt(batches))
+        seen = tqdm([one.batch for one in own], desc="atp: rows to refit to", leave=False, disable=quiet)
         with attachment.opened():
             modules = [lm.get_submodule(block.path) for block in blocks]
             sharded = any(is_sharded(p) for module in modules for p in module.parameters())
-            calls, precision = block_calls(modules, forward, share(), to_the_end=sharded)
+            calls, precision = block_calls(modules, forward, seen, to_the_end=sharded)
         streams = [
             Stream(one.index, each.hidden, each.hidden, each.of_block)
             for one, each in zip(own, calls, strict=True)

@@ -41,16 +41,13 @@ def main() -> None:
             batch_size=1,
             keep_best=False,
         )
-        teacher, student = (cut(model, words.blocks) for model in (load_dense(words.run), pruned(words.run)))
+        models = load_dense(words.run), atp.load(Path(words.run) / "pruned")
+        teacher, student = (cut(model, words.blocks) for model in models)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as work:
             outcome = recover(teacher, student, texts, settings, Path(work), quiet=True).to_dict()
         row = {"fit": fit, "seconds": round(time.perf_counter() - start), "blocks": outcome["blocks"]}
         print(json.dumps(row), flush=True)
-
-
-def pruned(run: str) -> Any:
-    return atp.load(Path(run) / "pruned")
 
 
 def cut(model: Any, blocks: int) -> Any:

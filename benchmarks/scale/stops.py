@@ -8,7 +8,7 @@ does not depend on them. Rows of text are as many however many processes share t
 """
 
 import argparse
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft import get_peft_model
 from transformers import Trainer, default_data_collator
 
 from atp import ATPCallback, ATPConfig
+from atp.bench.timing import measured
 from atp.commands.models import random_model
 
 _ROWS = 2
@@ -41,11 +42,7 @@ class Timed(ATPCallback):
             event(args, state, control, **kwargs)
 
     def _timed(self, event: Any, *args: Any, **kwargs: Any) -> None:
-        begin = time.perf_counter()
-        event(*args, **kwargs)
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        self.stops.append(time.perf_counter() - begin)
+        self.stops.append(measured(partial(event, *args, **kwargs))[0])
 
 
 def main() -> None:
