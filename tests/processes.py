@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,15 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
     (out / f"seen-{rank}.json").write_text(json.dumps(report))
 
 
-def main() -> None:
-    """Run cases one after the other."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run cases one after the other; words of the command line, where none are given."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--killed", choices=("step", "save"))
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--base", type=Path, help="folder to load the model from, as the engine has it loaded")
-    words = parser.parse_args()
+    words = parser.parse_args(argv)
     saving = {"save_strategy": "steps", "save_steps": 2} if words.killed or words.resume else {}
     for name in words.cases:
         run, seen = prepared(CASES[name], words.folder / name, words.base, words.killed, **saving)

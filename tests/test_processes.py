@@ -1,4 +1,7 @@
-"""Two processes on every engine, launched as users do. Oracles: one process with twice the batch; the uncut run.
+"""Two processes on every engine. Oracles: one process with twice the batch; the uncut run.
+
+Launched by accelerate's launcher; two machines, the command, and runs killed in a step by command lines as users type
+them, the others as forks of what has imported everything (`tests/launching.py`): seconds each, where imports take 15.
 
 `ATP_ENGINES=ddp,zero3` runs only these; `pytest -rP` prints how far two processes are from one. Not covered: GPUs, and
 FSDP's and DeepSpeed's offloading.
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,7 +25,7 @@ import yaml
 from safetensors.torch import load_file
 
 from atp import load
-from tests import runs, tiny
+from tests import launching, runs, tiny
 
 ROOT = Path(__file__).parents[1]
 ENGINES = {
@@ -43,26 +47,48 @@ ROUNDING_BF16 = 5e-2
 """Absolute, of losses around 6: with another batch size or engine every product is rounded elsewhere."""
 
 
-def launched(folder: Path, engine: str | None, base: Path, *words: str, ok: bool = True) -> subprocess.CompletedProcess:
-    """Run `tests.processes` in one process, or in two on an engine."""
+@dataclass(frozen=True)
+class Ended:
+    """A launch that has ended."""
+
+    status: int
+    output: str
+
+
+def launched(
+    folder: Path, engine: str | None, base: Path, *words: str, ok: bool = True, typed: bool = False
+) -> Ended:
+    """Run `tests.processes` in one process, or in two on an engine; by a command of its own, where it is typed."""
     skip_unless_wanted(engine)
-    command = [*launcher(engine), "tests.processes", str(folder), *words, "--base", str(base)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=600)
-    last = folder / next(word for word in reversed(words) if not word.startswith("-")) / "seen-0.json"
+    output = folder / "output.txt"
+    words = (str(folder), *words, "--base", str(base))
+    launcher = [] if engine is None else flags(engine)
+    if typed:
+        with output.open("wb") as file:
+            line = command(*launcher, "-m", launching.MODULE, *words)
+            status = subprocess.run(
+                line, cwd=ROOT, env=environment(engine), stdout=file, stderr=file, timeout=600, check=False
+            ).returncode
+    else:
+        status = launching.launched(launcher, words, environment(engine), output, timeout=600)
     if ok:  # gloo sometimes aborts at exit, so that what is there counts, not the status
-        assert last.exists(), done.stderr[-3000:]
-    return done
+        case = next(word for word in reversed(words[:-2]) if not word.startswith("-"))
+        assert (folder / case / "seen-0.json").exists(), output.read_text()[-3000:]
+    return Ended(status, output.read_text())
 
 
-def launcher(engine: str | None, machine: int | None = None, port: int = 0) -> list[str]:
-    """The command up to the module's name; one of two machines with a process each, where `machine` is given."""
-    if engine is None:
-        return [sys.executable, "-m"]
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{engine}.yaml"]
+def flags(engine: str, machine: int | None = None, port: int = 0) -> list[str]:
+    """The launcher's flags for two processes; for one of two machines with a process each, where `machine` is given."""
+    words = ["--config_file", f"configs/accelerate/{engine}.yaml"]
     if machine is not None:
         words += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(machine)]
         words += ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
-    return [*words, "-m"]
+    return words
+
+
+def command(*words: str) -> list[str]:
+    """A launch as users type it."""
+    return [sys.executable, "-m", "accelerate.commands.launch", *words]
 
 
 def environment(engine: str | None) -> dict[str, str]:
@@ -132,7 +158,7 @@ def uncut(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.T
 def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[str, Path]) -> None:
     """Losses, decisions at every step, and weights; rows held out, the start's scores and the refit included."""
     engine, two = uncut
-    for case in sorted(p.name for p in two.iterdir()):
+    for case in sorted(p.name for p in two.iterdir() if p.is_dir()):
         here, there, one = seen(two, case), seen(two, case, 1), seen(alone, case)
         assert here["engine"] == ENGINES[engine]
         assert bool(here["in parts"]) == (engine in IN_PARTS)
@@ -180,9 +206,9 @@ def test_two_machines_are_as_two_processes_of_one(uncut: tuple[str, Path], base:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    machines = [launcher(engine, machine, port) for machine in (0, 1)]
-    words = ("tests.processes", str(tmp_path), "joint", "--base", str(base))
-    started = [subprocess.Popen([*own, *words], cwd=ROOT, env=environment(engine)) for own in machines]
+    words = ("-m", launching.MODULE, str(tmp_path), "joint", "--base", str(base))
+    machines = [command(*flags(engine, machine, port), *words) for machine in (0, 1)]
+    started = [subprocess.Popen(machine, cwd=ROOT, env=environment(engine)) for machine in machines]
     for machine in started:
         machine.wait(timeout=300)
     assert all(runs.same(left(tmp_path, "joint", what), left(one_machine, "joint", what)) for what in WHAT)
@@ -207,9 +233,9 @@ def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, atp: str)
     }
     recipe["training"] |= {"use_cpu": False, "ddp_backend": "gloo"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    command = [*launcher(engine), "atp", "train", str(tmp_path / "recipe.yaml")]
+    words = command(*flags(engine), "-m", "atp", "train", str(tmp_path / "recipe.yaml"))
     done = subprocess.run(
-        command, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=200, check=False
+        words, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=200, check=False
     )
     results = tmp_path / "run" / "metrics.json"
     assert results.exists(), done.stderr[-3000:]
@@ -230,9 +256,9 @@ def test_a_killed_process_ends_the_run_and_what_was_saved_resumes_exactly(
     if where == "step" and engine not in KILLED_IN_STEP:
         pytest.skip(f"shown on {', '.join(KILLED_IN_STEP)}, which are launched and ended alike")
     start = time.monotonic()
-    killed = launched(tmp_path, engine, base, "joint", "--killed", where, ok=False)
-    assert killed.returncode != 0
-    assert "Signal 9 (SIGKILL)" in killed.stderr
+    killed = launched(tmp_path, engine, base, "joint", "--killed", where, ok=False, typed=where == "step")
+    assert killed.status != 0
+    assert "Signal 9 (SIGKILL)" in killed.output
     assert time.monotonic() - start < 60
     assert not (tmp_path / "joint" / "pruned").exists()
     launched(tmp_path, engine, base, "joint", "--resume")

@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} must be more than 0")
     if arguments.gb_per_s and not (arguments.tflops or arguments.here):
         raise ConfigError("--gb-per-s counts beside --tflops or --here only: give one of them too")
+    if arguments.bits and arguments.engine in ("fsdp2", "zero3"):
+        raise ConfigError("--bits: FSDP2 does not share quantised weights out and ZeRO-3 takes none: plan ddp or zero2")
     config = ATPConfig(space=arguments.space, refit_rows=arguments.refit_rows)
     step = (arguments.rows, arguments.length, arguments.lora_rank, arguments.gradient_checkpointing)
     model = load_shell(arguments.model, dtype=arguments.dtype)

@@ -16,7 +16,7 @@ from atp.strategies import DENSE, is_two_stage
 HERE = Path(__file__).parent
 PLOTS = {"perplexity_by_sparsity.png": sparsity_plot, "perplexity_by_size.png": size_plot}
 MODELS = {"smollm2": "SmolLM2-135M", "gemma3": "Gemma-3-270M"}
-AT_THE_TOP = re.compile(rf"({'|'.join(MODELS)})_([a-z]+)_(width|disp)_\d+")
+AT_THE_TOP = re.compile(rf"({'|'.join(MODELS)})_([a-z]+)_(width|disp)_150")
 COLUMNS = (
     *("model, text, removed", "seeds", "dense", "best two-stage rival", "`paper`"),
     *("**`atp`**", "/ rival", "gap closed"),

@@ -103,6 +103,8 @@ def test_command_prints_and_writes(tmp_path, capsys) -> None:
         (("--rows", "0"), "--rows must be more than 0"),
         (("--gb-per-s", "3"), "give one of them too"),
         (("--engine", "ddp", "--model", "./nothing"), "no such folder"),
+        (("--engine", "zero3", "--bits", "4"), "ZeRO-3 takes none"),
+        (("--engine", "fsdp2", "--bits", "8"), "FSDP2 does not share quantised weights out"),
     ],
 )
 def test_nonsense_is_one_line(words, reason, capsys) -> None:
