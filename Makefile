@@ -4,7 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q
+SPREAD := --numprocesses auto --dist loadfile
+ENGINES := tests/test_processes.py
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test check clean
@@ -13,8 +15,9 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PYTEST) --ignore=tests/ops/kernels
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) tests/ops/kernels
+	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) --ignore=tests/ops/kernels --ignore=$(ENGINES)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/ops/kernels
+	OMP_NUM_THREADS=1 $(PYTEST) $(ENGINES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

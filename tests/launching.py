@@ -4,56 +4,64 @@ One process imports all there is; launchers are its forks, and ranks are theirs.
 torchrun's own: configuration files, environments, rendezvous, watching over processes and what they say at the end.
 """
 
+import argparse
 import dataclasses
 import multiprocessing
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.commands import launch
 from torch.distributed import run as torchrun
 
+from atp import cli
 from tests import processes
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["accelerate.commands.launch", "bitsandbytes", "deepspeed", __name__])
+FORKS.set_forkserver_preload(["bitsandbytes", "deepspeed", __name__])
 
-MODULE = "tests.processes"
+TIMEOUT = 300
+"""Seconds."""
+
+MODULES = {"tests.processes": processes.main, "atp": cli.main}
+"""What may be launched -> what `python -m` would call."""
 
 
 def launched(
-    launcher: Sequence[str], words: Sequence[str], environment: dict[str, str], output: Path, timeout: float
+    launcher: Sequence[str], module: str, words: Sequence[str], environment: dict[str, str], output: Path
 ) -> int:
-    """Exit status of `accelerate launch LAUNCHER... -m tests.processes WORDS...`; one process, without a launcher.
+    """Exit status of `accelerate launch LAUNCHER... -m MODULE WORDS...`; of one process, without a launcher.
 
     Args:
         output: file that takes what is printed, errors too.
-        timeout: seconds after which it is killed, and `TimeoutError` raised.
+
+    Raises:
+        TimeoutError: it has not ended after `TIMEOUT`, and is killed.
     """
-    process = FORKS.Process(target=_launch, args=(list(launcher), list(words), environment, output))
+    process = FORKS.Process(target=_launch, args=(list(launcher), module, list(words), environment, output))
     process.start()
-    process.join(timeout)
+    process.join(TIMEOUT)
     if process.exitcode is None:
         process.kill()
-        raise TimeoutError(f"no end after {timeout} s: {output.read_text()[-3000:]}")
+        raise TimeoutError(f"no end after {TIMEOUT} s: {output.read_text()[-3000:]}")
     return process.exitcode
 
 
-def _launch(launcher: list[str], words: list[str], environment: dict[str, str], output: Path) -> None:
+def _launch(launcher: list[str], module: str, words: list[str], environment: dict[str, str], output: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    processes.build_nothing()
     if not launcher:
-        processes.main(words)
+        MODULES[module](words)
         return
-    from accelerate.commands import launch
-
     configured = torchrun.config_from_args
 
-    def forked(args: object) -> tuple:
+    def forked(args: argparse.Namespace) -> tuple:
         config, _, _ = configured(args)
-        return dataclasses.replace(config, start_method="fork"), processes.main, [words]
+        return dataclasses.replace(config, start_method="fork"), MODULES[module], [words]
 
     torchrun.config_from_args = forked
-    launch.launch_command(launch.launch_command_parser().parse_args([*launcher, "-m", MODULE, *words]))
+    launch.launch_command(launch.launch_command_parser().parse_args([*launcher, "-m", module, *words]))

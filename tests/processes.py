@@ -6,6 +6,7 @@ the second process in the middle of a step, `--killed save` the first in the mid
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -51,7 +52,9 @@ CASES = {
     "joint": Case({"start_at": 0.2}),
     "distilled": Case(runs.LATE),
     "alternating": Case({"mode": "alternating", "generator_every": 2, "init": "activation", "compensate": "weights"}),
-    "accumulated": Case({"space": "disp"}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True}, 2),
+    "accumulated": Case(
+        {"space": "disp"}, {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_steps": 6}, 2
+    ),
     "bf16": Case({"start_at": 0.2}, {"bf16": True}),
     "spaces": Case({"start_at": 0.2, "space": "width+hidden+depth"}),
 }
@@ -102,9 +105,16 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def build_nothing() -> None:
+    """DeepSpeed would compile its own communication between CPU processes, for a minute; without it there is gloo's."""
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def engine_on_cpu() -> dict[str, Any]:
     """Training arguments for the engine that the launcher has named, on CPUs, where accelerate leaves FSDP out."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        build_nothing()
         training_args.is_torch_bf16_gpu_available = lambda: True  # `use_cpu` would leave DeepSpeed out
         return {"use_cpu": False, "ddp_backend": "gloo"}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

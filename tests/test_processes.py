@@ -1,21 +1,19 @@
 """Two processes on every engine. Oracles: one process with twice the batch; the uncut run.
 
-Launched by accelerate's launcher; two machines, the command, and runs killed in a step by command lines as users type
-them, the others as forks of what has imported everything (`tests/launching.py`): seconds each, where imports take 15.
-
-`ATP_ENGINES=ddp,zero3` runs only these; `pytest -rP` prints how far two processes are from one. Not covered: GPUs, and
-FSDP's and DeepSpeed's offloading.
+Launched by accelerate's launcher: two machines, and a run killed in a step, by the command lines that users type, the
+others as forks of what has imported everything (`tests/launching.py`), which takes a second. `make test` runs this file
+by itself: each launch keeps two cores busy. `ATP_ENGINES=ddp,zero3` runs only these; `pytest -rP` prints how far two
+processes are from one. Not covered: GPUs, FSDP's and DeepSpeed's offloading, and the communication between processes of
+one CPU that DeepSpeed compiles.
 """
 
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,26 +53,31 @@ class Ended:
     output: str
 
 
-def launched(
-    folder: Path, engine: str | None, base: Path, *words: str, ok: bool = True, typed: bool = False
-) -> Ended:
-    """Run `tests.processes` in one process, or in two on an engine; by a command of its own, where it is typed."""
+def ended(folder: Path, engine: str | None, module: str, *words: str, typed: bool = False) -> Ended:
+    """Run a module in one process, or in two on an engine, to its end.
+
+    Args:
+        folder: takes `output.txt`.
+        typed: by the command line, where it would be a fork otherwise.
+    """
     skip_unless_wanted(engine)
-    output = folder / "output.txt"
-    words = (str(folder), *words, "--base", str(base))
-    launcher = [] if engine is None else flags(engine)
+    output, launcher = folder / "output.txt", [] if engine is None else flags(engine)
     if typed:
+        line = command(*launcher, "-m", module, *words)
         with output.open("wb") as file:
-            line = command(*launcher, "-m", launching.MODULE, *words)
             status = subprocess.run(
-                line, cwd=ROOT, env=environment(engine), stdout=file, stderr=file, timeout=600, check=False
+                line, cwd=ROOT, env=environment(engine), stdout=file, stderr=file, timeout=launching.TIMEOUT
             ).returncode
     else:
-        status = launching.launched(launcher, words, environment(engine), output, timeout=600)
-    if ok:  # gloo sometimes aborts at exit, so that what is there counts, not the status
-        case = next(word for word in reversed(words[:-2]) if not word.startswith("-"))
-        assert (folder / case / "seen-0.json").exists(), output.read_text()[-3000:]
+        status = launching.launched(launcher, module, words, environment(engine), output)
     return Ended(status, output.read_text())
+
+
+def ran(folder: Path, engine: str | None, base: Path, *words: str) -> None:
+    """Run `tests.processes`, the last of whose words is a case or a flag, so that it ends well."""
+    done = ended(folder, engine, "tests.processes", str(folder), *words, "--base", str(base))
+    last = folder / next(word for word in reversed(words) if not word.startswith("-")) / "seen-0.json"
+    assert last.exists(), done.output[-3000:]  # not the status: gloo sometimes aborts at exit
 
 
 def flags(engine: str, machine: int | None = None, port: int = 0) -> list[str]:
@@ -101,18 +104,10 @@ def environment(engine: str | None) -> dict[str, str]:
 
 
 def skip_unless_wanted(engine: str | None) -> None:
-    if engine is not None and engine.startswith("zero") and (why := no_deepspeed()):
-        pytest.skip(why)
+    if engine is not None and engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: `make test` does it (DS_BUILD_OPS=0, it needs torch first)")
     if engine is not None and engine not in os.environ.get("ATP_ENGINES", ",".join(ENGINES)).split(","):
         pytest.skip(f"ATP_ENGINES leaves {engine} out")
-
-
-def no_deepspeed() -> str | None:
-    if importlib.util.find_spec("deepspeed") is None:
-        return "DeepSpeed is not installed: `make test` does it (DS_BUILD_OPS=0, it needs torch first)"
-    if shutil.which("g++") is None:
-        return "DeepSpeed needs g++ to build its communication between CPU processes"
-    return None
 
 
 def left(folder: Path, case: str, what: str, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -121,14 +116,6 @@ def left(folder: Path, case: str, what: str, rank: int = 0) -> dict[str, torch.T
 
 def seen(folder: Path, case: str, rank: int = 0) -> dict:
     return json.loads((folder / case / f"seen-{rank}.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def extensions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """DeepSpeed builds its own here: where a build was killed, its lock stays, and all after it wait."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +128,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    launched(folder, None, base, *ALSO["ddp"], *CASES)
+    ran(folder, None, base, *ALSO["ddp"], *CASES)
     return folder
 
 
@@ -150,7 +137,7 @@ def uncut(request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.T
     """An engine, and every case on it in two processes."""
     engine = request.param
     folder = tmp_path_factory.mktemp(engine)
-    launched(folder, engine, base, *ALSO.get(engine, ()), *CASES)
+    ran(folder, engine, base, *ALSO.get(engine, ()), *CASES)
     return engine, folder
 
 
@@ -206,7 +193,7 @@ def test_two_machines_are_as_two_processes_of_one(uncut: tuple[str, Path], base:
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    words = ("-m", launching.MODULE, str(tmp_path), "joint", "--base", str(base))
+    words = ("-m", "tests.processes", str(tmp_path), "joint", "--base", str(base))
     machines = [command(*flags(engine, machine, port), *words) for machine in (0, 1)]
     started = [subprocess.Popen(machine, cwd=ROOT, env=environment(engine)) for machine in machines]
     for machine in started:
@@ -216,8 +203,8 @@ def test_two_machines_are_as_two_processes_of_one(uncut: tuple[str, Path], base:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("atp", ["true", "false"])
-def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, atp: str) -> None:
+@pytest.mark.parametrize("prunes", [True, False])
+def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, prunes: bool) -> None:
     """`accelerate launch -m atp train`, with pruning and without, where the most is special."""
     engine = "zero3"
     skip_unless_wanted(engine)
@@ -228,23 +215,23 @@ def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, atp: str)
         "model": {"name_or_path": str(base)},
         "data": {"train": str(rows[0]), "validation": str(rows[1]), "max_length": 32},
         "output_dir": str(tmp_path / "run"),
-        "atp": pruning if atp == "true" else False,
+        "atp": pruning if prunes else False,
         "training": {"max_steps": 2, "per_device_train_batch_size": 1, "save_strategy": "no", "disable_tqdm": True},
     }
     recipe["training"] |= {"use_cpu": False, "ddp_backend": "gloo"}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    words = command(*flags(engine), "-m", "atp", "train", str(tmp_path / "recipe.yaml"))
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment(engine), capture_output=True, text=True, timeout=200, check=False
-    )
+    done = ended(tmp_path, engine, "atp", "train", str(tmp_path / "recipe.yaml"))
     results = tmp_path / "run" / "metrics.json"
-    assert results.exists(), done.stderr[-3000:]
+    assert results.exists(), done.output[-3000:]
     assert json.loads(results.read_text())["validation"]["perplexity"] > 0
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()
 
 
 KILLED_IN_STEP = ("ddp", "zero3")
 """Of the others it is known already: the launcher is the same."""
+
+TYPED = ("ddp", "step")
+"""What is killed in a launch by the command line."""
 
 
 @pytest.mark.slow
@@ -256,12 +243,13 @@ def test_a_killed_process_ends_the_run_and_what_was_saved_resumes_exactly(
     if where == "step" and engine not in KILLED_IN_STEP:
         pytest.skip(f"shown on {', '.join(KILLED_IN_STEP)}, which are launched and ended alike")
     start = time.monotonic()
-    killed = launched(tmp_path, engine, base, "joint", "--killed", where, ok=False, typed=where == "step")
+    words = (str(tmp_path), "joint", "--killed", where, "--base", str(base))
+    killed = ended(tmp_path, engine, "tests.processes", *words, typed=(engine, where) == TYPED)
     assert killed.status != 0
     assert "Signal 9 (SIGKILL)" in killed.output
     assert time.monotonic() - start < 60
     assert not (tmp_path / "joint" / "pruned").exists()
-    launched(tmp_path, engine, base, "joint", "--resume")
+    ran(tmp_path, engine, base, "joint", "--resume")
     assert (tmp_path / "joint" / "_unfinished-checkpoint-6").exists() == (where == "save")
     assert all(runs.same(left(tmp_path, "joint", what), left(whole, "joint", what)) for what in WHAT)
     steps = seen(tmp_path, "joint")["decisions"]
