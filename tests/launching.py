@@ -36,13 +36,13 @@ def launched(
         output: file that takes what is printed, errors too.
 
     Raises:
-        TimeoutError: it has not ended after `TIMEOUT`, and is killed.
+        TimeoutError: it has not ended after `TIMEOUT`, and is told to.
     """
     process = FORKS.Process(target=_launch, args=(list(launcher), module, list(words), environment, output))
     process.start()
     process.join(TIMEOUT)
     if process.exitcode is None:
-        process.kill()
+        process.terminate()  # not killed: the launcher ends its ranks
         raise TimeoutError(f"no end after {TIMEOUT} s: {output.read_text()[-3000:]}")
     return process.exitcode
 
