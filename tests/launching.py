@@ -6,6 +6,7 @@ torchrun's own: configuration files, environments, rendezvous, watching over pro
 
 import argparse
 import dataclasses
+import importlib.util
 import multiprocessing
 import os
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def launched(
         output: file that takes what is printed, errors too.
 
     Raises:
-        TimeoutError: it has not ended after `TIMEOUT`, and is told to.
+        TimeoutError: after `TIMEOUT`, when launcher and ranks are ended.
     """
     process = FORKS.Process(target=_launch, args=(list(launcher), module, list(words), environment, output))
     process.start()
@@ -53,7 +54,7 @@ def _launch(launcher: list[str], module: str, words: list[str], environment: dic
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    processes.build_nothing()
+    _compile_nothing()
     if not launcher:
         MODULES[module](words)
         return
@@ -65,3 +66,9 @@ def _launch(launcher: list[str], module: str, words: list[str], environment: dic
 
     torchrun.config_from_args = forked
     launch.launch_command(launch.launch_command_parser().parse_args([*launcher, "-m", module, *words]))
+
+
+def _compile_nothing() -> None:
+    """DeepSpeed would compile its own communication between CPU processes, for a minute; without it there is gloo's."""
+    if importlib.util.find_spec("deepspeed"):
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

@@ -6,7 +6,6 @@ the second process in the middle of a step, `--killed save` the first in the mid
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -105,16 +104,9 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def build_nothing() -> None:
-    """DeepSpeed would compile its own communication between CPU processes, for a minute; without it there is gloo's."""
-    if importlib.util.find_spec("deepspeed"):
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def engine_on_cpu() -> dict[str, Any]:
     """Training arguments for the engine that the launcher has named, on CPUs, where accelerate leaves FSDP out."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        build_nothing()
         training_args.is_torch_bf16_gpu_available = lambda: True  # `use_cpu` would leave DeepSpeed out
         return {"use_cpu": False, "ddp_backend": "gloo"}
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -45,19 +44,13 @@ ROUNDING_BF16 = 5e-2
 """Absolute, of losses around 6: with another batch size or engine every product is rounded elsewhere."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """A launch that has ended."""
-
-    status: int
-    output: str
-
-
-def ended(folder: Path, engine: str | None, module: str, *words: str, typed: bool = False) -> Ended:
+def ended(
+    folder: Path, engine: str | None, module: str, *words: str, typed: bool = False
+) -> subprocess.CompletedProcess:
     """Run a module in one process, or in two on an engine, to its end.
 
     Args:
-        folder: takes `output.txt`.
+        folder: takes `output.txt`: what is printed, errors too.
         typed: by the command line, where it would be a fork otherwise.
     """
     skip_unless_wanted(engine)
@@ -70,14 +63,14 @@ def ended(folder: Path, engine: str | None, module: str, *words: str, typed: boo
             ).returncode
     else:
         status = launching.launched(launcher, module, words, environment(engine), output)
-    return Ended(status, output.read_text())
+    return subprocess.CompletedProcess(words, status, output.read_text())
 
 
 def ran(folder: Path, engine: str | None, base: Path, *words: str) -> None:
-    """Run `tests.processes`, the last of whose words is a case or a flag, so that it ends well."""
+    """Run cases by `tests.processes`, flags with them, to a good end."""
     done = ended(folder, engine, "tests.processes", str(folder), *words, "--base", str(base))
     last = folder / next(word for word in reversed(words) if not word.startswith("-")) / "seen-0.json"
-    assert last.exists(), done.output[-3000:]  # not the status: gloo sometimes aborts at exit
+    assert last.exists(), done.stdout[-3000:]  # not the status: gloo sometimes aborts at exit
 
 
 def flags(engine: str, machine: int | None = None, port: int = 0) -> list[str]:
@@ -222,7 +215,7 @@ def test_the_command_ends_with_its_results(base: Path, tmp_path: Path, prunes: b
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = ended(tmp_path, engine, "atp", "train", str(tmp_path / "recipe.yaml"))
     results = tmp_path / "run" / "metrics.json"
-    assert results.exists(), done.output[-3000:]
+    assert results.exists(), done.stdout[-3000:]
     assert json.loads(results.read_text())["validation"]["perplexity"] > 0
     assert (tmp_path / "run" / "final" / "adapter_model.safetensors").exists()
 
@@ -245,8 +238,8 @@ def test_a_killed_process_ends_the_run_and_what_was_saved_resumes_exactly(
     start = time.monotonic()
     words = (str(tmp_path), "joint", "--killed", where, "--base", str(base))
     killed = ended(tmp_path, engine, "tests.processes", *words, typed=(engine, where) == TYPED)
-    assert killed.status != 0
-    assert "Signal 9 (SIGKILL)" in killed.output
+    assert killed.returncode != 0
+    assert "Signal 9 (SIGKILL)" in killed.stdout
     assert time.monotonic() - start < 60
     assert not (tmp_path / "joint" / "pruned").exists()
     ran(tmp_path, engine, base, "joint", "--resume")
