@@ -58,7 +58,7 @@ class ATPConfig:
         shots: with `decision="criterion"`, in how many equal steps of sparsity it decides, the first before training,
             the last at `freeze_at`, each on the weights as LoRA has tuned them by then; 1 decides at `freeze_at` only.
         mode: `"joint"` takes mask gradients from the LoRA step itself; `"alternating"` spends a pass of its own over
-            calibration data every `generator_every` steps (the paper's way).
+            calibration data every `generator_every` steps (the paper's way), each process over rows of its own.
         init: the criterion whose on-budget decision the generator starts from, or `"ones"` for nothing pruned.
         init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model by score per parameter,
             `"standard"` over the whole model by z-score inside each block and kind; `None` takes what suits `init`
@@ -104,8 +104,8 @@ class ATPConfig:
             targets are the dense model's own outputs, so that no row need be held out for it. Each costs a few forward
             passes, once.
         refit_first_tokens: one-token inputs that the final refit looks at besides, from the same rows; 0 turns it off.
-        calibration_batch_size: rows per calibration pass; `None` takes the Trainer's per-device batch size, so that
-            backward passes over calibration rows need no more memory than a training step.
+        calibration_batch_size: rows per calibration pass of a process; `None` takes the Trainer's per-device batch
+            size, so that backward passes over calibration rows need no more memory than a training step.
 
     Other:
         impl: how layers compute: `"eager"` as they always do, times the masks. `"auto"` computes plain LoRA (not

@@ -146,6 +146,11 @@ def make_windows(
     return Dataset.from_dict({"input_ids": [w.ids for w in windows], "labels": [w.labels for w in windows]})
 
 
+def learned_tokens(batch: Mapping[str, Any]) -> int:
+    """How many labels of a batch, `(rows, tokens)`, a causal model's loss is the mean over."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pads `input_ids`, `attention_mask` and `labels` of a batch to its longest window."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

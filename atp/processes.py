@@ -30,13 +30,18 @@ def alone() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1)
 
 
+def place() -> tuple[int, int]:
+    """This process's number, from 0, and how many processes there are."""
+    return (0, 1) if alone() else (distributed.get_rank(), distributed.get_world_size())
+
+
 def dealt(batches: Iterable[Batch]) -> Iterator[Dealt[Batch]]:
     """This process's share of batches that all of them have, as many as every other process's, dealt in turn.
 
     Sums over the batches that count are to be `summed` afterwards. Where there are fewer batches than processes, every
     process counts all of them: means are what they should be.
     """
-    rank, processes = (0, 1) if alone() else (distributed.get_rank(), distributed.get_world_size())
+    rank, processes = place()
     round_: list[Batch] = []
     start = 0
     for batch in batches:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback, training_args
 
 from atp import ATPCallback
+from atp.data import IGNORED
 from atp.journal import JOURNAL, read_lines
 from atp.layers import attachment_of
 from atp.structure.sharding import is_sharded, whole
@@ -31,6 +32,11 @@ ROWS_A_STEP = 4
 """Of all processes together."""
 
 HELD_OUT = runs.dataset(6, seed=9)
+
+TRAIN = runs.dataset().map(
+    lambda row, index: {"labels": [IGNORED] * (index % 6) + row["labels"][index % 6 :]}, with_indices=True
+)
+"""Rows of which not all tokens are learned: batches of as many rows count differently."""
 
 FOLLOW_BLOCK = propagation._follow_block
 
@@ -124,8 +130,11 @@ def prepared(
     settings = {"per_device_train_batch_size": case.rows_a_pass // processes(), "ddp_find_unused_parameters": False}
     settings |= case.arguments | arguments | engine_on_cpu()
     callbacks = (seen, KilledInStep()) if killed == "step" else (seen,)
-    ours = ATPCallback(runs.config(**case.atp), held_out_dataset=HELD_OUT, report=False)
-    run = runs.trainer(folder, ours, base=base, callbacks=callbacks, **settings)
+    atp = dict(case.atp)
+    if atp.get("mode") == "alternating":  # each process's own rows; the readers' refit draws tokens batch by batch
+        atp["calibration_batch_size"] = case.rows_a_pass // processes()
+    ours = ATPCallback(runs.config(**atp), held_out_dataset=HELD_OUT, report=False)
+    run = runs.trainer(folder, ours, train=TRAIN, base=base, callbacks=callbacks, **settings)
     if killed == "save":
         run.__class__ = KilledInSave
     if (plugin := getattr(run.accelerator.state, "deepspeed_plugin", None)) is not None:
@@ -136,11 +145,13 @@ def prepared(
 
 
 def leave(run: Trainer, seen: Seen, out: Path) -> None:
-    """What a process ends with: all weights, the decision, and what it saw."""
+    """What a process ends with: all weights, the generator's logits and the decision, and what it saw."""
     rank = int(os.environ.get("RANK", "0"))
     parameters = dict(run.accelerator.unwrap_model(run.model).named_parameters())
     tensors = {name: whole(parameter).clone() for name, parameter in parameters.items()}
-    save_file(runs.callback_of(run).learner.attachment.decision(), out / f"decision-{rank}.safetensors")
+    learner = runs.callback_of(run).learner
+    save_file(learner.attachment.decision(), out / f"decision-{rank}.safetensors")
+    save_file({name: z.detach().clone() for name, z in learner.generator().items()}, out / f"logits-{rank}.safetensors")
     save_file({n: t for n, t in tensors.items() if "lora_" in n}, out / f"adapter-{rank}.safetensors")
     save_file({n: t for n, t in tensors.items() if "base_layer" in n}, out / f"base-{rank}.safetensors")
     report = {
@@ -149,7 +160,7 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "held out": [found["held_out"] for found in read_lines(out / JOURNAL)[0] if "held_out" in found],
         "engine": type(run.model_wrapped).__name__,
-        "compact": runs.callback_of(run).learner.attachment.is_compact,
+        "compact": learner.attachment.is_compact,
         "in parts": [name for name, parameter in parameters.items() if is_sharded(parameter)],
     }
     (out / f"seen-{rank}.json").write_text(json.dumps(report))

@@ -35,10 +35,13 @@ IN_PARTS = ("fsdp2", "zero3")
 CASES = ("joint", "alternating", "accumulated", "bf16")
 ALSO = {"ddp": ("distilled", "spaces"), "fsdp2": ("spaces",)}
 """Distillation where weights are not in parts; joined spaces where it takes seconds, not a minute (ZeRO)."""
-WHAT = ("adapter", "base", "decision")
+WHAT = ("adapter", "base", "logits", "decision")
 
 ROUNDING = 1e-4
 """Relative, of weights after ten steps; sums are taken in another order."""
+
+ROUNDING_OF_LOGITS = 3e-6
+"""Relative too: ten steps of the generator change little of what its start has made of them."""
 
 ROUNDING_BF16 = 5e-2
 """Absolute, of losses around 6: with another batch size or engine every product is rounded elsewhere."""
@@ -144,7 +147,8 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
         assert bool(here["in parts"]) == (engine in IN_PARTS)
         assert here["compact"] == (engine != "zero3"), "steps after the freeze compute what they need not"
         assert here["decisions"] == there["decisions"], "ranks decide otherwise"
-        assert sorted(here["refitted to"] + there["refitted to"]) == one["refitted to"], "not shared out"
+        shared_out = sorted(here["refitted to"] + there["refitted to"])
+        assert shared_out == list(range(len(shared_out))), "not shared out"
         assert all(runs.same(left(two, case, what), left(two, case, what, 1)) for what in WHAT), "ranks differ"
         worst = max(abs(a - b) for a, b in zip(here["losses"], one["losses"], strict=True))
         for mine, other in zip(here["held out"], one["held out"], strict=True):
@@ -161,6 +165,7 @@ def test_two_processes_equal_one_with_twice_the_batch(alone: Path, uncut: tuple[
             continue
         assert worst < ROUNDING
         assert here["decisions"] == one["decisions"]
+        assert off["logits"] < ROUNDING_OF_LOGITS
         assert max(off.values()) < ROUNDING
 
 

@@ -62,6 +62,7 @@ def surgeon(
 
     Args:
         masks: the model's live mask leaves, all ones.
+        loss: of a batch, added up over labels.
         grams: takes the mean of x xᵀ of every layer whose inputs are masked, as far as memory goes.
     """
     scores: dict[str, Tensor] = {}

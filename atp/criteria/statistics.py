@@ -101,7 +101,7 @@ def curvatures(
     CPU): beyond that the rows are passed through again.
 
     Args:
-        loss: the model's mean loss on one batch.
+        loss: the model's loss on one batch, added up over labels, so that a token counts the same in every batch.
         leaves: tensors that require gradients and that every layer's output depends on.
     """
     waiting = dict(layers)
@@ -163,7 +163,7 @@ def _watched_curvature(
             tokens[name] += len(x)
 
             def backward_hook(gradient: Tensor) -> None:
-                d = gradient.flatten(0, -2).float() * len(x)  # of the summed loss, not of the mean
+                d = gradient.flatten(0, -2).float()
                 found[name].gradients.addmm_(d.T, d)
 
             output.register_hook(backward_hook)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.data import IGNORED
+from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.processes import dealt, summed
 from atp.training.compensation import Compensation
@@ -60,7 +60,7 @@ class HeldOut:
         with self._untouched():
             for one in dealt(self._batches()):
                 loss = self._model(**one.batch).loss
-                learned = int((one.batch["labels"][:, 1:] != IGNORED).sum())
+                learned = learned_tokens(one.batch)
                 if learned and one.counts:
                     total += loss.double().item() * learned
                     tokens += learned

@@ -123,7 +123,11 @@ class DecisionLearner:
         self._record()
 
     def alternate(self, step: int, loss: Callable[[], Tensor]) -> None:
-        """The paper's generator step: `loss()` under soft masks, then one update. Call before `begin_step`."""
+        """The paper's generator step: `loss()` under soft masks, then one update. Call before `begin_step`.
+
+        Args:
+            loss: this process's part: its mean over processes counts.
+        """
         self.step = step
         self._require_start()
         self._noisy = self._sample()
@@ -133,7 +137,7 @@ class DecisionLearner:
         leaves = list(self.attachment.masks.values())
         gradients = torch.autograd.grad(value, leaves, allow_unused=True)
         self.attachment.require_gradients(False)
-        self.metrics["generator_loss"] = value.item()
+        self.metrics["generator_loss"] = averaged({"loss": value.detach()[None]})["loss"].item()
         self._update(dict(zip(self.attachment.masks, gradients, strict=True)))
 
     def update_from_step(self, loss_scale: float = 1.0) -> None:

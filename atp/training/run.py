@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from atp.config import ATPConfig
+from atp.data import learned_tokens
 from atp.layers import Attachment
+from atp.processes import counted, place
 from atp.training.compensation import Compensation
 from atp.training.distillation import Distillation
 from atp.training.held_out import HeldOut
@@ -104,7 +106,7 @@ class PruningRun:
         """
         learner, every = self.learner, self._config.generator_every
         if self._config.alternates and step % every == 0 and not learner.frozen and learner.schedule.learns(step):
-            learner.alternate(step, lambda: self._loss(self._batch(step // every)))
+            learner.alternate(step, lambda: self._generator_loss(step // every))
         learner.begin_step(step)
         if self._distillation is not None:
             self._distillation.begin_step(begins=step >= learner.schedule.start_step, loss_scale=loss_scale)
@@ -131,9 +133,16 @@ class PruningRun:
         if self._distillation is not None:
             self._distillation.load_state(under(tensors, TEACHER))
 
-    def _batch(self, index: int) -> Mapping[str, Any]:
+    def _generator_loss(self, turn: int) -> Tensor:
+        """The loss on this process's batch of generator step number `turn`, by its labels' share of all processes'.
+
+        So its mean over processes is the mean over all labels, and so are gradients.
+        """
         assert self.calibration is not None
-        return self.calibration.batch(index)
+        rank, processes = place()
+        batch = self.calibration.batch(turn * processes + rank)
+        learned = learned_tokens(batch)
+        return self._loss(batch) * (learned * processes / max(counted(learned), 1))
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's own loss on a calibration batch; the global random state (dropout) is left as it was."""

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from atp.config import ATPConfig
 from atp.criteria import scores
 from atp.criteria.ranking import SUITABLE, rank, starting_logits, suitable_protect
+from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.structure.budget import project
 from atp.training.calibration import Calibration, hold_out
@@ -82,6 +83,10 @@ def _scores(
     if config.init in ("taylor", "taylor2"):
         return scores.taylor(space, attachment.masks, loss, batches, order=2 if config.init == "taylor2" else 1)
     if config.init == "surgeon":
-        return scores.surgeon(space, attachment.modules, attachment.masks, loss, batches, grams)
+
+        def added_up(batch: Mapping[str, Any]) -> Tensor:
+            return loss(batch) * learned_tokens(batch)
+
+        return scores.surgeon(space, attachment.modules, attachment.masks, added_up, batches, grams)
     by_inputs = {"activation": scores.activation, "flap": scores.flap}[config.init]
     return by_inputs(space, attachment.modules, loss, batches)

@@ -1,5 +1,7 @@
 """Criteria and rankings. Oracles: the formulas as loops in float64; finite differences of the loss for Taylor."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -21,6 +23,11 @@ def parts(name: str) -> tuple:
     space = build_space(discover(model), name, round_to=1)
     modules = {linear.path: model.get_submodule(linear.path) for linear in space.linears}
     return model, space, modules
+
+
+def added_up(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's loss on rows as `IDS`, added up over labels, of which the first of a row is not predicted."""
+    return lambda ids: ids[:, 1:].numel() * model(input_ids=ids, labels=ids).loss
 
 
 def test_activation_weights_each_column_by_its_inputs_norm() -> None:
@@ -79,9 +86,7 @@ def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
     model, space, modules = parts(name)
     attachment = attach(model, space)
 
-    def loss(ids: torch.Tensor) -> torch.Tensor:
-        return model(input_ids=ids, labels=ids).loss
-
+    loss = added_up(model)
     group_set, together = ("1.kv", ["o_proj"]) if name == "width" else ("1.mlp_in", ["gate_proj", "up_proj"])
     layers = [modules[f"model.layers.1.{'self_attn' if n == 'o_proj' else 'mlp'}.{n}"] for n in together]
     inputs, slopes = [], {n: [] for n in together}
@@ -90,7 +95,7 @@ def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
 
         def watch(_module: object, args: tuple, output: torch.Tensor, n: str = n) -> None:
             inputs.append(args[0].detach().double().flatten(0, 1))
-            output.register_hook(lambda d: slopes[n].append(d.double().flatten(0, 1) * 30))
+            output.register_hook(lambda d: slopes[n].append(d.double().flatten(0, 1)))
 
         handles.append(layer.register_forward_hook(watch))
     attachment.require_gradients(True)
@@ -195,9 +200,7 @@ def test_curvatures_do_not_depend_on_how_many_fit_at_a_time() -> None:
 
     def gather(budget: int) -> dict:
         leaves = list(attachment.masks.values())
-        return dict(
-            curvatures(layers, lambda ids: model(input_ids=ids, labels=ids).loss, leaves, [IDS, IDS + 1], budget)
-        )
+        return dict(curvatures(layers, added_up(model), leaves, [IDS, IDS + 1], budget))
 
     whole, parted = gather(8 << 30), gather(1)
     assert list(whole) == list(parted) == list(layers)
@@ -289,11 +292,11 @@ def _seen(model: torch.nn.Module, attachment: Attachment, path: str) -> tuple[to
 
     def watch(_module: object, args: tuple, output: torch.Tensor) -> None:
         found["x"] = args[0].detach().double().flatten(0, 1)
-        output.register_hook(lambda d: found.update(d=d.double().flatten(0, 1) * 30))
+        output.register_hook(lambda d: found.update(d=d.double().flatten(0, 1)))
 
     handle = attachment.modules[path].register_forward_hook(watch)
     attachment.require_gradients(True)
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    added_up(model)(IDS).backward()
     attachment.require_gradients(False)
     handle.remove()
     return found["x"], found["d"]
@@ -306,7 +309,7 @@ def test_surgeon_weighs_a_whole_attention_by_all_it_writes() -> None:
     x, d = _seen(model, attachment, path)
     y = x @ modules[path].weight.detach().double().T
     wanted = ((y.T @ y / len(y)) * (d.T @ d / len(d))).sum() / 2
-    got = scores.surgeon(space, modules, attachment.masks, lambda ids: model(input_ids=ids, labels=ids).loss, [IDS])
+    got = scores.surgeon(space, modules, attachment.masks, added_up(model), [IDS])
     assert got.keys() == {s.name for s in space.sets}
     assert got["2.whole_attention"].item() == pytest.approx(wanted.item(), rel=1e-4)
 
@@ -320,7 +323,7 @@ def test_surgeon_weighs_a_dimension_of_the_stream_by_what_every_reader_loses() -
             weight = modules[linear.path].weight.detach().double()
             slopes = d.T @ d / len(d)
             wanted += x.square().mean(0) * torch.einsum("oi,op,pi->i", weight, slopes, weight) / 2
-    got = scores.surgeon(space, modules, attachment.masks, lambda ids: model(input_ids=ids, labels=ids).loss, [IDS])
+    got = scores.surgeon(space, modules, attachment.masks, added_up(model), [IDS])
     torch.testing.assert_close(got["hidden"].double(), wanted, rtol=1e-4, atol=1e-9)
 
 

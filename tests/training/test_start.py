@@ -1,0 +1,32 @@
+"""Where a run starts from."""
+
+import pytest
+import torch
+from transformers import default_data_collator
+
+from atp.data import IGNORED
+from atp.layers import attach
+from atp.structure.building import build_space
+from atp.structure.discovery import discover
+from atp.training.calibration import Calibration
+from atp.training.start import start
+from tests import runs, tiny
+
+
+@pytest.mark.parametrize("rows_a_pass", [1, 2])
+def test_scores_do_not_depend_on_how_many_rows_a_pass_has(rows_a_pass: int) -> None:
+    """Of the default, the surgeon, where some rows have one label and others all."""
+    rows = [
+        row | {"labels": [IGNORED] * (11 * (index % 3 > 0)) + row["labels"][11 * (index % 3 > 0) :]}
+        for index, row in enumerate(runs.dataset(8))
+    ]
+    model = tiny.model().eval()
+    attachment = attach(model, build_space(discover(model), "width", round_to=1))
+
+    def logits(batch_size: int) -> torch.Tensor:
+        calibration = Calibration(rows, default_data_collator, batch_size)
+        drawn = start(runs.config(), attachment, calibration, lambda batch: model(**batch).loss, quiet=True)
+        assert drawn is not None
+        return torch.cat(list(drawn.values()))
+
+    torch.testing.assert_close(logits(rows_a_pass), logits(4), rtol=1e-4, atol=1e-5)
