@@ -12,7 +12,7 @@ import statistics
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -95,7 +95,8 @@ def plan(
     """
     model = adapted(base, lora_rank, checkpointing)
     attachment = attached(model, config)
-    activations = _activations(adapted(base, lora_rank, checkpointing), attachment.space, rows, length)
+    fuses = as_computed(config, engine, bits).impl != "eager"
+    activations = _activations(adapted(base, lora_rank, checkpointing), attachment.space, rows, length, fuses)
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(p for p in model.parameters() if not p.requires_grad)
     if bits is not None:
@@ -129,6 +130,7 @@ def seconds_here(
     build: Callable[[int], PreTrainedModel],
     blocks: int,
     config: ATPConfig,
+    engine: str,
     rows: int,
     length: int,
     lora_rank: int,
@@ -137,10 +139,14 @@ def seconds_here(
 ) -> float:
     """Seconds of a step of a model of `blocks` blocks on this machine, from one of one block and one of three.
 
+    What the engine does besides is not in them; how it has layers compute is.
+
     Args:
         build: makes a model of as many blocks.
         calls: timed calls of each, after a first one that is not; the median counts.
     """
+
+    config = as_computed(config, engine, None)
 
     def timed(count: int) -> float:
         step = learning_step(build(count), config, lora_rank, rows, length, checkpointing)
@@ -151,13 +157,23 @@ def seconds_here(
     return one + (blocks - 1) * (three - one) / 2
 
 
-def _activations(model: PeftModel, space: Space, rows: int, length: int) -> int:
-    """Bytes above weights, gradients and optimizer at the step's highest point, in `mode="joint"`."""
+def as_computed(config: ATPConfig, engine: str, bits: int | None) -> ATPConfig:
+    """`config` as layers compute there: each by itself where weights are quantised or ZeRO-3 shows them to one only."""
+    return replace(config, impl="eager") if engine == "zero3" or bits else config
+
+
+def _activations(model: PeftModel, space: Space, rows: int, length: int, fuses: bool) -> int:
+    """Bytes above weights, gradients and optimizer at the step's highest point, in `mode="joint"`.
+
+    Args:
+        fuses: LoRA and its base layer are one operation.
+    """
     for axis in _axes(space):
         assert axis.is_identity is not None  # it asks for values, and is remembered
     with _faked(model):
         attachment = attach(model, space)
-        attachment.fuse_adapters()
+        if fuses:
+            attachment.fuse_adapters()
         attachment.require_gradients(True)
         ids = torch.zeros(rows, length, dtype=torch.long)
         with (

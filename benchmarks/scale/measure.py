@@ -84,9 +84,10 @@ def main() -> None:
     words = parser.parse_args()
     step = (words.rows, words.length, _LORA_RANK, words.gradient_checkpointing)
     model = shell(words)
-    planned = plan(model, ATPConfig(), os.environ["ATP_ENGINE"], int(os.environ["WORLD_SIZE"]), *step)
+    engine = os.environ["ATP_ENGINE"]
+    planned = plan(model, ATPConfig(), engine, int(os.environ["WORLD_SIZE"]), *step)
     here = partial(random_model, words.model, dtype=words.dtype)
-    seconds = seconds_here(here, model.config.num_hidden_layers, ATPConfig(), *step)
+    seconds = seconds_here(here, model.config.num_hidden_layers, ATPConfig(), engine, *step)
     arguments: dict[str, Any] = {"bf16": words.dtype == "bfloat16"}
     if words.cpu:
         from tests.processes import engine_on_cpu  # noqa: PLC0415
@@ -115,7 +116,7 @@ def main() -> None:
     trainer.train()
     steps, own = callback.steps[_UNMEASURED:], callback.own[_UNMEASURED:]
     row = {
-        "engine": os.environ["ATP_ENGINE"],
+        "engine": engine,
         "model": words.model,
         "layers": words.layers,
         "processes": training.world_size,
