@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from atp import ATPCallback, ATPConfig
 from atp.bench import plan, seconds_here
@@ -87,7 +88,8 @@ def main() -> None:
     engine = os.environ["ATP_ENGINE"]
     planned = plan(model, ATPConfig(), engine, int(os.environ["WORLD_SIZE"]), *step)
     here = partial(random_model, words.model, dtype=words.dtype)
-    seconds = seconds_here(here, model.config.num_hidden_layers, ATPConfig(), engine, *step)
+    timed = partial(seconds_here, here, model.config.num_hidden_layers, ATPConfig(), engine, *step)
+    seconds = [timed()]
     arguments: dict[str, Any] = {"bf16": words.dtype == "bfloat16"}
     if words.cpu:
         from tests.processes import engine_on_cpu  # noqa: PLC0415
@@ -96,8 +98,7 @@ def main() -> None:
     arguments["gradient_checkpointing"] = words.gradient_checkpointing
     training = silent(words.steps, words.rows, **arguments)
     torch.manual_seed(0)
-    speed = gb_per_s(training.world_size)
-    seconds += sum(planned.messages.values()) / speed / 1e9
+    speed = [gb_per_s(training.world_size)]
     gc.collect()  # what was timed has gone
     before = resident_mib()
     base = here(words.layers)
@@ -114,6 +115,10 @@ def main() -> None:
     peak: list[float] = []
     trainer.add_callback(AtTheEnd(peak))
     trainer.train()
+    unset_hf_deepspeed_config()  # or ZeRO-3 would cut up what is timed
+    speed.append(gb_per_s(training.world_size))
+    seconds.append(timed())  # again, for a machine may change its pace
+    sent = sum(planned.messages.values()) / 1e9
     steps, own = callback.steps[_UNMEASURED:], callback.own[_UNMEASURED:]
     row = {
         "engine": engine,
@@ -127,8 +132,8 @@ def main() -> None:
         "mib": peak[0] - before,
         "seconds": statistics.median(steps),
         "plan_mib": planned.total / 2**20,
-        "plan_seconds": seconds,
-        "gb_per_s": speed,
+        "plan_seconds": statistics.mean(s + sent / gb for s, gb in zip(seconds, speed, strict=True)),
+        "gb_per_s": statistics.mean(speed),
         "callback": statistics.median(o / s for o, s in zip(own, steps, strict=True)),
     }
     if training.process_index == 0:
