@@ -145,7 +145,6 @@ def seconds_here(
         build: makes a model of as many blocks.
         calls: timed calls of each, after a first one that is not; the median counts.
     """
-
     config = as_computed(config, engine, None)
 
     def timed(count: int) -> float:
