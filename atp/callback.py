@@ -27,7 +27,7 @@ from atp.export import About, Result, export
 from atp.export.card import chosen
 from atp.files import write_json, written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
-from atp.processes import summed
+from atp.processes import counted, summed
 from atp.report import write_report
 from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
@@ -213,9 +213,10 @@ class ATPCallback(TrainerCallback):
         self.add_metrics(kwargs["logs"])
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             self.add_metrics(state.log_history[-1])
-        if self._monitor is None or not self._monitor.log(state.global_step, kwargs["logs"]):
+        if self._monitor is None:
             return
-        if self.config.on_alert == "stop":
+        alerts = self._monitor.log(state.global_step, kwargs["logs"])
+        if self.config.on_alert == "stop" and counted(len(alerts)):
             control.should_training_stop = control.should_save = True
             logger.warning("atp: training stops at step %d, for on_alert='stop'; it is saved", state.global_step)
 

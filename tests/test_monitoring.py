@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -98,7 +99,7 @@ def test_held_out_figures_are_logged_once(finished):
     folder, _ = finished
     logs, held_out = steps_logged(folder), journal(folder, "held_out")
     found = {step: log["atp/held_out_dense"] for step, log in logs.items() if "atp/held_out_dense" in log}
-    assert found == {1: held_out[0][1]["dense"]}
+    assert found == {1: held_out[0][1]["dense"], 7: held_out[1][1]["dense"]}
     found = {step: log["atp/held_out_pruned"] for step, log in logs.items() if "atp/held_out_pruned" in log}
     assert found == {7: held_out[2][1]["pruned"]}
 
@@ -137,6 +138,23 @@ def test_a_resumed_run_has_the_journal_of_an_uninterrupted_one(tmp_path):
         assert journal(tmp_path / "cut", kind) == journal(whole, kind)
     steps = [step for step, _ in journal(tmp_path / "cut", "log")]
     assert all(a <= b for a, b in pairwise(steps))
+
+
+def test_that_tuning_harms_is_told_after_a_resume_too(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("atp.training.alerts.SPOILT_NATS", 0.0)  # ten steps of a tiny model do not do much harm
+    few_words = torch.randint(2, 12, (120, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    settings = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 0.05}
+    settings["train"] = Dataset.from_dict({"input_ids": few_words, "labels": few_words})
+    one, another = (ATPCallback(runs.config(**runs.LATE), held_out_dataset=EVALUATION, report=False) for _ in range(2))
+    runs.trainer(tmp_path, one, callbacks=(_Stop(),), **settings).train()
+    (said,) = journal(tmp_path, "alert")
+    before, at_freeze = (found["dense"] for _, found in journal(tmp_path, "held_out")[:2])
+    assert (said[0], said[1]["name"], said[1]["value"]) == (7, "spoilt", at_freeze)
+    assert at_freeze > before
+    caplog.clear()
+    runs.trainer(tmp_path, another, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert journal(tmp_path, "alert") == [said]
+    assert f"atp: {said[1]['message']}" in caplog.messages
 
 
 @pytest.mark.parametrize("what", ["warn", "stop"])

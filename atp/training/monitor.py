@@ -5,7 +5,7 @@ at every step.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,10 @@ class Monitor:
     def begin(self, step: int) -> None:
         """Before the first step of a run, or of the rest of one."""
         for entry in self._journal.begin(step):
-            self._said |= {entry["alert"]["name"]} if "alert" in entry else set()
+            if "alert" in entry:
+                self._said.add(entry["alert"]["name"])
+            if "log" in entry:
+                self._seen.append(self._as_seen(entry["step"], entry["log"]))
         if step == 0:
             plan, learner = self._plan, self._learner
             self._journal.write(
@@ -103,14 +106,14 @@ class Monitor:
             "pruned": self.held_out.pruned() if pruned else None,
         }
         self._held_out_at = (step, self._learner.frozen)
-        self._fresh = {f"held_out_{name}": value for name, value in found.items() if value is not None}
+        self._fresh |= {f"held_out_{name}": value for name, value in found.items() if value is not None}
         self._journal.write(step, "held_out", found | {"rows": self.held_out.rows})
 
     def log(self, step: int, logs: Mapping[str, Any]) -> list[Alert]:
         """Note what the Trainer has logged.
 
         Returns:
-            What is alarming about it and has not been said before; it has been said now.
+            What is alarming about it and has not been said before, to the process that writes; it has been said now.
         """
         learner = self._learner
         self._journal.write(step, "log", logs)
@@ -119,15 +122,19 @@ class Monitor:
         self._fresh = {} if "loss" in logs else self._fresh
         if kept:
             self._journal.write(step, "kept", kept)
-        figures = {name.removeprefix(self._prefix): v for name, v in logs.items() if isinstance(v, int | float)}
-        self._seen.append(Seen(step, figures, kept))
+        if not self._writes:
+            return []
+        self._seen.append(self._as_seen(step, logs, kept))
         new = [alert for alert in alerts(self._plan, self._seen) if alert.name not in self._said]
         for alert in new:
             self._said.add(alert.name)
             self._journal.write(step, "alert", {"name": alert.name, "message": alert.message, "value": alert.value})
-            if self._writes:
-                logger.warning("atp: %s", alert.message)
+            logger.warning("atp: %s", alert.message)
         return new
+
+    def _as_seen(self, step: int, logs: Mapping[str, Any], kept: Mapping[str, Sequence[int]] | None = None) -> Seen:
+        figures = {name.removeprefix(self._prefix): v for name, v in logs.items() if isinstance(v, int | float)}
+        return Seen(step, figures, kept or {})
 
     def end(self, step: int) -> None:
         """After the last step, under the final decision."""

@@ -39,6 +39,7 @@ NORMAL = {
     "frozen": [seen(130, frozen=1.0, churn=0.0, entropy=0.0)],
     "held-out loss jumps where pruning begins": history([3.0, 2.8, 3.5, 3.4, 3.3, 3.2], [3.0, 2.7, 3.6, 3.3, 3.2, 3.1]),
     "held-out loss a little worse": history([3.0, 3.02, 3.03, 3.01, 3.02], [3.0, 2.9, 2.8, 2.7, 2.6]),
+    "tuned, and no worse for it": [seen(10, held_out_dense=3.0), seen(20), seen(30, held_out_dense=3.01)],
     "on budget late": [seen(50, sparsity=0.1)],
     "a head left, and a few channels": [
         seen(130, {"kv": [4, 1, 3, 2, 2, 4], "mlp": [40, 3, 28, 30, 4, 48]}, frozen=1.0)
@@ -50,6 +51,7 @@ BAD = {
     "churn": [seen(105, churn=0.05), seen(115, churn=0.03)],
     "empty": [seen(130, {"kv": [4, 0, 3, 2, 2, 4], "mlp": [40, 20, 28, 30, 2, 48]}, frozen=1.0)],
     "diverging": history([3.0, 2.8, 3.0, 3.1, 3.2], [3.0, 2.7, 2.5, 2.2, 2.0]),
+    "spoilt": [seen(10, held_out_dense=3.0), seen(20), seen(30, held_out_dense=3.1)],
     "collapse": [seen(60, entropy=1e-5)],
 }
 
@@ -66,6 +68,10 @@ def test_what_goes_wrong_is_said_with_its_value(name):
     assert alert.name == name
     assert alert.value is not None
     assert len(alert.message.splitlines()) == 1
+
+
+def test_a_spoilt_model_is_no_news_where_it_was_not_measured():
+    assert alerts(PLAN, [*BAD["spoilt"], seen(40)]) == []
 
 
 def test_the_empty_halves_are_named():
