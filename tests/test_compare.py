@@ -164,6 +164,34 @@ def test_one_row_a_run_then_nothing_to_do_then_only_the_cut_row_again(command, s
     assert {k: v for k, v in again.items() if k != last} == {k: v for k, v in first.items() if k != last}
 
 
+def test_every_strategy_at_several_learning_rates(command, recipe, started, tmp_path, capsys):
+    names, _ = started
+    recipe["training"]["learning_rate"] = 1e-3
+    out, arguments = tmp_path / "run" / "compare", ["--strategies", "dense,atp", "--learning-rates", "1e-5,1e-3"]
+    assert command("--strategies", "dense") == 0
+    assert command(*arguments) == 0
+    assert names == ["dense-seed0", "dense-lr1e-05-seed0", "atp-0.4-lr1e-05-seed0", "atp-0.4-seed0"]
+    rates = {row["name"]: row["recipe"]["training"]["learning_rate"] for row in rows(out / "rows.jsonl")}
+    assert rates == {name: 1e-5 if "lr" in name else 1e-3 for name in names}
+    summary = json.loads((out / "results.json").read_text())["summary"]
+    assert [(cell["strategy"], cell["by_rate"].keys()) for cell in summary] == [
+        (strategy, {"0.001", "1e-05"}) for strategy in ("dense", "atp")
+    ]
+    by_name = {row["name"]: row["validation"]["nll"] for row in rows(out / "rows.jsonl")}
+    assert summary[0]["nll"]["mean"] == min(nll for name, nll in by_name.items() if "dense" in name)
+
+    assert command(*arguments) == 0
+    assert len(names) == 4
+    assert command(*arguments, "--training.max_steps", "3") == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["0", "-1e-3", "nan", "inf"])
+def test_a_learning_rate_that_is_none(command, faked, capsys, given):
+    assert command("--strategies", "dense", f"--learning-rates={given}") == 2
+    assert f"--learning-rates {given} is not allowed: give positive numbers" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_in_a_process_of_its_own(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

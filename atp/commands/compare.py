@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from atp.checks import positive
 from atp.commands.comparison.child import remove_weights, run_child, stop_children
 from atp.commands.comparison.journal import append_row, read_journal, replace_journal
 from atp.commands.comparison.plan import Run, check_plan, differences, make_plan, make_run
@@ -45,6 +46,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategies", default=_DEFAULT_STRATEGIES, help="comma-separated (default %(default)s)")
     parser.add_argument("--sparsity", help="comma-separated, e.g. 0.2,0.4,0.5 (default: the recipe's)")
     parser.add_argument("--seeds", default="0", help="comma-separated, e.g. 0,1,2 (default 0)")
+    parser.add_argument(
+        "--learning-rates",
+        help="comma-separated, e.g. 5e-4,1e-3: every run at each, and every strategy shown at its best (default: the "
+        "recipe's)",
+    )
     parser.add_argument("--out", metavar="DIR", help="where everything goes (default: output_dir/compare)")
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time on this machine (default 1); they slow each other's timings"
@@ -67,7 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.jobs < 1:
         raise ConfigError(f"--jobs {arguments.jobs} is not allowed: give 1 or more")
     strategies, seeds = _values("--strategies", arguments.strategies, str), _values("--seeds", arguments.seeds, int)
-    plan = make_plan(recipe, strategies, sparsities, seeds, out / "runs")
+    rates = _values("--learning-rates", arguments.learning_rates, float) if arguments.learning_rates else []
+    if not all(map(positive, rates)):
+        raise ConfigError(f"--learning-rates {arguments.learning_rates} is not allowed: give positive numbers")
+    plan = make_plan(recipe, strategies, sparsities, seeds, out / "runs", rates)
     journal = out / "rows.jsonl"
     rows, changed = _sorted_out(read_journal(journal), recipe, out / "runs")
     if changed and not arguments.overwrite:
@@ -121,7 +130,7 @@ def _sorted_out(
     same, changed = {}, []
     for name, row in rows.items():
         try:
-            now = make_run(recipe, row["strategy"], row["sparsity"], row["seed"], runs_dir)
+            now = make_run(recipe, row["strategy"], row["sparsity"], row["seed"], runs_dir, row.get("learning_rate"))
             different = differences(row, now)
         except ConfigError as error:  # a strategy that this version does not know
             different = [str(error)]

@@ -1,5 +1,6 @@
 """Cells and answers -> `results.md`."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,18 +9,20 @@ from atp.report.summary import Cell, by_sparsity
 from atp.report.tables import count, number, percent, spread, times
 
 _COLUMNS = (
-    *("strategy", "seeds", "perplexity", "nll", "worst row", "gap closed", "ppl / rival", "nll / dense"),
+    *("strategy", "learning rate", "seeds", "perplexity", "nll", "worst row"),
+    *("gap closed", "ppl / rival", "nll / dense"),
     *("scores", "/ dense"),
     *("parameters", "FLOPs/token", "prefill ms", "/ dense", "decode ms/token", "/ dense"),
     *("peak MiB", "/ dense", "train s", "overlap with start"),
 )
 _LEGEND = (
-    "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *worst row*: the "
-    "highest nll of a held-out row in any run, where rows tell. *gap closed*: share of the way "
-    "from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity over that rival's; *scores*: on tasks, "
-    "of the runs that were scored, and their mean share of dense's. Latency: median over seeds, one stream; memory: "
-    "peak of training; *overlap with start*: share of the groups that the decision drawn before tuning prunes and the "
-    "final one prunes too. FLOPs count linear layers and the head, not attention scores."
+    "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *learning rate*: where several "
+    "were tried, the one with the lowest nll. *worst row*: the highest nll of a held-out row in any run, where rows "
+    "tell. *gap closed*: share of the way from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity "
+    "over that rival's; *scores*: on tasks, of the runs that were scored, and their mean share of dense's. Latency: "
+    "median over seeds, one stream; memory: peak of training; *overlap with start*: share of the groups that the "
+    "decision drawn before tuning prunes and the final one prunes too. FLOPs count linear layers and the head, not "
+    "attention scores."
 )
 
 
@@ -34,7 +37,7 @@ def markdown(cells: Sequence[Cell], failed: Iterable[Mapping[str, Any]] = (), pl
     for sparsity, here in by_sparsity(cells):
         title = "Dense" if sparsity is None else f"{sparsity * 100:.4g} % of the prunable parameters removed"
         lines += [f"## {title}", "", *_table(here), ""]
-    lines += [_LEGEND, ""]
+    lines += [_LEGEND, "", *_rates(cells)]
     if (jobs := max((cell.jobs for cell in cells), default=1)) > 1:
         lines += [f"Up to {jobs} runs shared the machine at a time: times and latencies are longer than alone.", ""]
     if found := answers(cells):
@@ -44,6 +47,36 @@ def markdown(cells: Sequence[Cell], failed: Iterable[Mapping[str, Any]] = (), pl
     for name in plots:
         lines += [f"![{name}]({name})", ""]
     return "\n".join(lines)
+
+
+def _rates(cells: Sequence[Cell]) -> list[str]:
+    """A section with perplexities at every learning rate, where a strategy has several."""
+    rates = sorted({rate for cell in cells for rate in cell.by_rate}, key=_as_number)
+    if all(len(cell.by_rate) == 1 for cell in cells):
+        return []
+    return [
+        "## Learning rates",
+        "",
+        _line(["strategy", "removed", *rates]),
+        _line(["---", "---:", *["---:"] * len(rates)]),
+        *(_line(_at_rates(cell, rates)) for cell in cells),
+        "",
+        "Perplexity at each; the tables above have the best.",
+        "",
+    ]
+
+
+def _as_number(rate: str) -> float:
+    return math.inf if rate == "default" else float(rate)
+
+
+def _at_rates(cell: Cell, rates: Sequence[str]) -> list[str]:
+    removed = "" if cell.sparsity is None else f"{cell.sparsity * 100:.4g} %"
+    return [
+        f"`{cell.strategy}`",
+        removed,
+        *(spread(cell.by_rate[rate]) if rate in cell.by_rate else "" for rate in rates),
+    ]
 
 
 def _table(cells: Sequence[Cell]) -> list[str]:
@@ -57,6 +90,7 @@ def _table(cells: Sequence[Cell]) -> list[str]:
 def _texts(cell: Cell) -> list[str]:
     return [
         f"`{cell.strategy}`",
+        cell.learning_rate,
         str(cell.seeds),
         spread(cell.perplexity),
         spread(cell.nll, digits=4),

@@ -1,5 +1,7 @@
 """Rows of finished runs -> one `Cell` per strategy and sparsity: means, spreads, and distances to dense and the rivals.
 
+Where a strategy has run at several learning rates, its cell is of the one with the lowest mean log-perplexity.
+
 "The rival" at a sparsity is the two-stage strategy (`atp.strategies.is_two_stage`) with the lowest mean
 log-perplexity there. Every seed weighs the same. Not covered: significance; with three seeds the spread says enough.
 """
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from atp.report.values import lower_is_better
+from atp.report.values import lower_is_better, number_at
 from atp.strategies import DENSE, is_two_stage
 
 Row = Mapping[str, Any]
@@ -27,6 +29,8 @@ class Spread:
 class Cell:
     """One strategy at one asked sparsity (`None` for dense); what cannot be known is `None`.
 
+    `learning_rate` is the best of those tried, by `nll`: `default` where the recipe names none; `by_rate`:
+    perplexities at each.
     `nll` is held-out log-perplexity in nats per token, `worst_row_nll` the highest of a held-out row in any run,
     far above `nll` where a model breaks down on some rows (rows of earlier versions do not tell). `scores`: means by
     task. `relative_performance`: a score over dense's, or dense's
@@ -41,6 +45,8 @@ class Cell:
 
     strategy: str
     sparsity: float | None
+    learning_rate: str
+    by_rate: dict[str, Spread]
     seeds: int
     perplexity: Spread
     nll: Spread
@@ -66,16 +72,18 @@ class Cell:
 
 def summarise(rows: Iterable[Row]) -> list[Cell]:
     """Cells by sparsity, dense first, then from the best perplexity to the worst. Failed rows do not count."""
-    grouped: dict[tuple[str, float | None], list[Row]] = {}
+    tried: dict[tuple[str, float | None], dict[str, list[Row]]] = {}
     for row in rows:
         if row["status"] == "ok":
-            grouped.setdefault((row["strategy"], row["sparsity"]), []).append(row)
+            by_rate = tried.setdefault((row["strategy"], row["sparsity"]), {})
+            by_rate.setdefault(_learning_rate(row), []).append(row)
+    grouped = {key: min(by_rate.values(), key=lambda group: _mean(group, _nll)) for key, by_rate in tried.items()}
     dense = grouped.get((DENSE, None))
     cells = []
     for (strategy, sparsity), members in grouped.items():
         rivals = [g for (name, at), g in grouped.items() if is_two_stage(name) and at == sparsity]
         rival = min(rivals, key=lambda group: _mean(group, _nll), default=None)
-        cells.append(_cell(strategy, sparsity, members, dense, rival))
+        cells.append(_cell(strategy, sparsity, tried[strategy, sparsity], members, dense, rival))
     return sorted(cells, key=lambda cell: (cell.sparsity or 0.0, cell.perplexity.mean))
 
 
@@ -90,7 +98,12 @@ def by_sparsity(cells: Sequence[Cell]) -> list[tuple[float | None, list[Cell]]]:
 
 
 def _cell(
-    strategy: str, sparsity: float | None, rows: Sequence[Row], dense: Sequence[Row] | None, rival: Sequence[Row] | None
+    strategy: str,
+    sparsity: float | None,
+    by_rate: Mapping[str, Sequence[Row]],
+    rows: Sequence[Row],
+    dense: Sequence[Row] | None,
+    rival: Sequence[Row] | None,
 ) -> Cell:
     nll, perplexity, scores = _spread(rows, _nll), _spread(rows, _perplexity), _scores(rows)
     prefill, decode = _median(rows, _prefill_ms), _median(rows, _decode_ms)
@@ -98,6 +111,8 @@ def _cell(
     return Cell(
         strategy=strategy,
         sparsity=sparsity,
+        learning_rate=_learning_rate(rows[0]),
+        by_rate={rate: _spread(group, _perplexity) for rate, group in by_rate.items()},
         seeds=len(rows),
         perplexity=perplexity,
         nll=nll,
@@ -164,6 +179,11 @@ def _lower(rows: Sequence[Row]) -> set[str]:
 def _overlap(rows: Sequence[Row]) -> dict[str, float] | None:
     found = [o for row in rows if (o := row.get("pruning", {}).get("overlap_with_start")) is not None]
     return {kind: statistics.fmean(o[kind] for o in found) for kind in found[0]} if found else None
+
+
+def _learning_rate(row: Row) -> str:
+    rate = number_at(row, "recipe", "training", "learning_rate")
+    return "default" if rate is None else f"{rate:.6g}"
 
 
 def _nll(row: Row) -> float:

@@ -9,12 +9,14 @@ def printed_table(cells: Sequence[Cell]) -> tuple[tuple[str, ...], list[tuple[st
     """Column titles, and a row a cell.
 
     `decode`: time per token; `memory`: peak of training; `scores`: on tasks, in the place of the seconds of training
-    where there are any.
+    where there are any; `rate`: the best learning rate, in the place of memory where there are several.
     """
+    tried = any(len(cell.by_rate) > 1 for cell in cells)
     scored = any(cell.scores for cell in cells)
     columns = (
         *("strategy", "seeds", "perplexity", "gap\nclosed", "nll /\ndense"),
-        *("params", "decode\n/ dense", "memory\n/ dense", "scores\n/ dense" if scored else "train\ns"),
+        *("params", "decode\n/ dense", "rate" if tried else "memory\n/ dense"),
+        "scores\n/ dense" if scored else "train\ns",
     )
     rows: list[tuple[str, ...]] = [
         (
@@ -25,7 +27,7 @@ def printed_table(cells: Sequence[Cell]) -> tuple[tuple[str, ...], list[tuple[st
             number(cell.relative_nll),
             count(cell.parameters),
             times(cell.decode_to_dense),
-            times(cell.memory_to_dense),
+            cell.learning_rate if tried else times(cell.memory_to_dense),
             percent(cell.relative_performance) if scored else f"{cell.train_seconds:,.0f}",
         )
         for cell in cells

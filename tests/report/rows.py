@@ -3,7 +3,7 @@
 import math
 
 
-def row(strategy, sparsity, seed, nll, *, decode_ms=10.0, memory=1000.0, parameters=1_000_000, overlap=None):
+def row(strategy, sparsity, seed, nll, *, decode_ms=10.0, memory=1000.0, parameters=1_000_000, overlap=None, rate=None):
     """A finished run; dense where `sparsity` is None."""
     model = {
         "parameters": parameters,
@@ -20,6 +20,7 @@ def row(strategy, sparsity, seed, nll, *, decode_ms=10.0, memory=1000.0, paramet
         "training": {"train_runtime": 60.0 + seed, "peak_memory_mib": memory},
         "validation": {"nll": nll, "perplexity": math.exp(nll)},
         "versions": {"torch": "2"},
+        "recipe": {"training": {} if rate is None else {"learning_rate": rate}},
     }
     if sparsity is None:
         return made | {"tuned": model}

@@ -12,8 +12,12 @@ CELLS = summarise(ROWS)
 
 
 @pytest.mark.parametrize("scores", [{}, {"tasks": {"qa": {"value": 0.5}}}])
-def test_every_row_has_every_column_and_is_narrow(scores):
-    columns, rows = printed_table(summarise([row | scores for row in ROWS]))
+@pytest.mark.parametrize("rates", [(), ("recipe",)])
+def test_every_row_has_every_column_and_is_narrow(scores, rates):
+    other = {"recipe": {"training": {"learning_rate": 5e-4}}, "validation": {"nll": 9.0, "perplexity": 8103.1}}
+    given = [*ROWS, *(row | other for row in ROWS if rates and row["status"] == "ok")]
+    columns, rows = printed_table(summarise([row | scores for row in given]))
+    assert ("rate" in columns) == bool(rates)
     assert columns[-1] == ("scores\n/ dense" if scores else "train\ns")
     assert all(len(row) == len(columns) for row in rows)
     assert {row[-1] for row in rows} == ({"100 %"} if scores else {"60"})

@@ -22,6 +22,26 @@ def test_means_and_sample_deviations():
     assert cells()[MAGNITUDE, 0.2].perplexity.std is None
 
 
+def test_every_strategy_counts_at_its_best_learning_rate():
+    rows = [
+        *(row("dense", None, 0, nll, rate=rate) for nll, rate in ((2.3, 2e-3), (2.0, 5e-4))),
+        *(row("atp", 0.4, seed, nll, rate=5e-4) for seed, nll in enumerate((2.4, 2.6))),
+        row("atp", 0.4, 0, 2.7, rate=2e-3),
+        *(row(MAGNITUDE, 0.4, 0, nll, rate=rate) for nll, rate in ((3.4, 5e-4), (3.0, 2e-3), (3.1, 1e-3))),
+    ]
+    found = cells(rows)
+    best = {strategy: (cell.learning_rate, cell.seeds) for (strategy, _), cell in found.items()}
+    assert best == {"dense": ("0.0005", 1), "atp": ("0.0005", 2), MAGNITUDE: ("0.002", 1)}
+    assert found["atp", 0.4].nll.mean == 2.5
+    assert found["atp", 0.4].gap_closed == pytest.approx((3.0 - 2.5) / (3.0 - 2.0))
+    text = markdown(summarise(rows))
+    assert "| `atp` | 0.0005 | 2 |" in text
+    assert f"| `{MAGNITUDE}` | 40 % | {np.exp(3.4):.2f} | {np.exp(3.1):.2f} | {np.exp(3.0):.2f} |" in text
+    assert "| `atp` | 40 % | 12.24 ± 1.73 |  | 14.88 |" in text
+    assert "| default | 2 |" in markdown(summarise(ROWS))
+    assert "Learning rates" not in markdown(summarise(ROWS))
+
+
 def test_the_worst_row_of_any_run_that_tells():
     rows = [row("atp", 0.4, seed, 2.3) for seed in range(3)]
     assert cells(rows)["atp", 0.4].worst_row_nll is None

@@ -43,6 +43,7 @@ def run_child(run: Run, jobs: int = 1) -> dict[str, Any]:
         "strategy": run.strategy,
         "sparsity": run.sparsity,
         "seed": run.seed,
+        **({} if run.learning_rate is None else {"learning_rate": run.learning_rate}),
         "status": "ok",
         "seconds": time.perf_counter() - start,
         "jobs": jobs,

@@ -1,6 +1,7 @@
 """Which runs a comparison makes, and everything about them that can be checked before the first one starts."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,61 +23,80 @@ from atp.structure.discovery import discover
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a comparison; `sparsity` is None for `dense`."""
+    """One training run of a comparison; `sparsity` is None for `dense`, `learning_rate` where it is the recipe's."""
 
     strategy: str
     sparsity: float | None
     seed: int
     recipe: Recipe
+    learning_rate: float | None = None
 
     @property
     def name(self) -> str:
         """Names the run's row, and is safe as a folder name."""
-        return run_name(self.strategy, self.sparsity, self.seed)
+        return run_name(self.strategy, self.sparsity, self.seed, self.learning_rate)
 
     @property
     def title(self) -> str:
         """What people read."""
         removed = "" if self.sparsity is None else f", {self.sparsity * 100:.4g} % removed"
-        return f"{self.strategy}{removed}, seed {self.seed}"
+        rate = "" if self.learning_rate is None else f", learning rate {self.learning_rate:.6g}"
+        return f"{self.strategy}{removed}{rate}, seed {self.seed}"
 
 
-def run_name(strategy: str, sparsity: float | None, seed: int) -> str:
-    """`atp-0.4-seed0`."""
-    parts = [strategy, *([] if sparsity is None else [f"{sparsity:.6g}"]), f"seed{seed}"]
+def run_name(strategy: str, sparsity: float | None, seed: int, learning_rate: float | None = None) -> str:
+    """`atp-0.4-seed0`, or `atp-0.4-lr0.001-seed0`."""
+    parts = [strategy, *([] if sparsity is None else [f"{sparsity:.6g}"])]
+    parts += [*([] if learning_rate is None else [f"lr{learning_rate:.6g}"]), f"seed{seed}"]
     return re.sub(r"[^\w.-]+", "-", "-".join(parts))
 
 
 def make_plan(
-    recipe: Recipe, strategies: Sequence[str], sparsities: Sequence[float], seeds: Sequence[int], runs_dir: Path
+    recipe: Recipe,
+    strategies: Sequence[str],
+    sparsities: Sequence[float],
+    seeds: Sequence[int],
+    runs_dir: Path,
+    learning_rates: Sequence[float] = (),
 ) -> list[Run]:
-    """All runs, seed by seed, so that an early look already compares every strategy; `dense` once per seed.
+    """All runs, seed by seed, so that an early look already compares every strategy; `dense` once per seed and rate.
+
+    Args:
+        learning_rates: none: the recipe's.
 
     Raises:
         ConfigError: on an unknown strategy or a setting outside its range.
     """
     runs: dict[str, Run] = {}
-    for seed in seeds:
-        for sparsity in sparsities:
-            for strategy in strategies:
-                run = make_run(recipe, strategy, None if strategy == DENSE else sparsity, seed, runs_dir)
-                runs.setdefault(run.name, run)
+    own = recipe.training_arguments().learning_rate if learning_rates else None
+    rates = [None if rate == own else rate for rate in learning_rates] or [None]
+    for seed, rate, sparsity, strategy in itertools.product(seeds, rates, sparsities, strategies):
+        run = make_run(recipe, strategy, None if strategy == DENSE else sparsity, seed, runs_dir, rate)
+        runs.setdefault(run.name, run)
     return list(runs.values())
 
 
-def make_run(recipe: Recipe, strategy: str, sparsity: float | None, seed: int, runs_dir: Path) -> Run:
+def make_run(
+    recipe: Recipe,
+    strategy: str,
+    sparsity: float | None,
+    seed: int,
+    runs_dir: Path,
+    learning_rate: float | None = None,
+) -> Run:
     """The base recipe with the strategy's `atp` section, and one seed for LoRA, data order and decision."""
     base = recipe.atp or ATPConfig()
     changes: dict[str, Any] = {"seed": seed, "export": True} | ({} if sparsity is None else {"sparsity": sparsity})
     config = strategy_config(strategy, dataclasses.replace(base, **changes))
+    rate = {} if learning_rate is None else {"learning_rate": learning_rate}
     own = dataclasses.replace(
         recipe,
         atp=config,
-        training=recipe.training | {"seed": seed},
+        training=recipe.training | {"seed": seed} | rate,
         measure_base=False,  # `dense` and the others start from the same
-        output_dir=str(runs_dir / run_name(strategy, sparsity, seed)),
+        output_dir=str(runs_dir / run_name(strategy, sparsity, seed, learning_rate)),
     )
-    return Run(strategy, sparsity, seed, own)
+    return Run(strategy, sparsity, seed, own, learning_rate)
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
