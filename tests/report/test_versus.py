@@ -17,7 +17,7 @@ from atp.report.record import read_run
 from atp.report.sources import read_sources
 from atp.report.values import lower_is_better
 from tests.report import folders
-from tests.report.rows import ROWS
+from tests.report.rows import ROWS, row
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +120,15 @@ def test_seeds_are_one_experiment_and_other_settings_are_not(tmp_path):
     assert "21.00 ± 1.41" in (tmp_path / "page.html").read_text()
     (settings,) = [section for section in report.page.sections if section.anchor == "settings"]
     assert [[value.text for value in row] for row in settings.tables[0].rows] == [["atp.freeze_at", "0.6", "0.3"]]
+
+
+def test_learning_rates_of_a_comparison_are_not_seeds(tmp_path):
+    slower = row("atp", 0.4, 0, 2.6) | {"name": "atp-0.4-lr0.001-seed0", "learning_rate": 1e-3}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*ROWS, slower]))
+    variants = {variant.name: variant for variant in group(read_sources([tmp_path])[0])}
+    assert len(variants["atp 40 %"].records) == 2
+    (alone,) = variants["atp 40 %, learning rate 0.001"].records
+    assert alone.metrics["learning_rate"] == 1e-3
 
 
 def test_a_comparison_is_shown_by_strategy_and_sparsity(tmp_path):

@@ -64,12 +64,13 @@ class Variant:
 def group(records: Sequence[Record]) -> list[Variant]:
     """Runs of the same settings, seeds aside, together; a run without a recipe stands alone.
 
-    The rows of one comparison are of one recipe, so that strategy and sparsity tell them apart.
+    The rows of one comparison are of one recipe, so that strategy, sparsity and a learning rate other than the
+    recipe's tell them apart.
     """
     grouped: dict[object, list[Record]] = {}
     for index, record in enumerate(records):
         settings = record.comparison or (repr(sorted(record.settings.items())) if record.recipe else index)
-        grouped.setdefault((record.strategy, record.sparsity, settings), []).append(record)
+        grouped.setdefault((record.strategy, record.sparsity, _own_rate(record), settings), []).append(record)
     names = [_name(members) for members in grouped.values()]
     return [
         Variant(name if names.count(name) == 1 else members[0].name, tuple(members))
@@ -78,12 +79,18 @@ def group(records: Sequence[Record]) -> list[Variant]:
 
 
 def _name(records: Sequence[Record]) -> str:
-    """Strategy and sparsity of the rows of a comparison; the name of another run."""
+    """Strategy, sparsity and rate of the rows of a comparison; the name of another run."""
     first = records[0]
     if len(records) == 1 and first.comparison is None:
         return first.name
     removed = "" if first.sparsity is None else f" {first.sparsity * 100:.4g} %"
-    return f"{first.strategy}{removed}"
+    rate = _own_rate(first)
+    return f"{first.strategy}{removed}" + ("" if rate is None else f", learning rate {rate:.6g}")
+
+
+def _own_rate(record: Record) -> float | None:
+    """The learning rate of a comparison's row, where it is not the recipe's."""
+    return number_at(record.metrics, "learning_rate")
 
 
 def _mean_score(task: str, found: Sequence[dict[str, Score]]) -> Score:
