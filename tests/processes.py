@@ -62,6 +62,7 @@ CASES = {
     ),
     "bf16": Case({"start_at": 0.2}, {"bf16": True}),
     "spaces": Case({"start_at": 0.2, "space": "width+hidden+depth"}),
+    "stopped": Case(runs.OFF_BUDGET | {"on_alert": "stop"}),
 }
 
 

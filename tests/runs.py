@@ -31,6 +31,9 @@ def config(**changes: Any) -> ATPConfig:
 LATE = {"start_at": 0.2, "freeze_at": 0.6, "distill": 0.5}
 """Pruning begins after two of ten steps, and the model as it was by then teaches."""
 
+OFF_BUDGET = {"freeze_at": 1.0, "on_budget": False, "init": "ones", "budget_weight": 0.0}
+"""Nothing makes decisions keep to the budget, which is an alert before they are final."""
+
 
 def peft_model(dropout: float = 0.0, folder: Path | None = None, **lora: Any) -> PeftModel:
     """The tiny Llama with LoRA, the same at every call; loaded from a folder, where one is given."""

@@ -159,7 +159,7 @@ def test_that_tuning_harms_is_told_after_a_resume_too(tmp_path, caplog, monkeypa
 
 @pytest.mark.parametrize("what", ["warn", "stop"])
 def test_an_alert_is_said_once_and_may_end_training(tmp_path, caplog, what):
-    unreachable = runs.config(freeze_at=0.9, on_budget=False, init="ones", budget_weight=0.0, on_alert=what)
+    unreachable = runs.config(**runs.OFF_BUDGET, on_alert=what)
     with caplog.at_level(logging.WARNING):
         run = watched(tmp_path, unreachable, None, save_strategy="steps", save_steps=100)
     said = [message for message in caplog.messages if "is asked, and the freeze" in message]

@@ -254,3 +254,20 @@ def test_a_killed_process_ends_the_run_and_what_was_saved_resumes_exactly(
     assert all(runs.same(left(tmp_path, "joint", what), left(whole, "joint", what)) for what in WHAT)
     steps = seen(tmp_path, "joint")["decisions"]
     assert steps == seen(whole, "joint")["decisions"][-len(steps) :]
+
+
+@pytest.mark.slow
+def test_an_alert_ends_all_processes_at_the_same_step_and_none_once_resumed(
+    uncut: tuple[str, Path], base: Path, tmp_path: Path
+) -> None:
+    engine, _ = uncut
+    if engine != "ddp":
+        pytest.skip("shown on ddp: who stops whom does not depend on the engine")
+    steps = []
+    for words in (("stopped",), ("stopped", "--resume")):
+        ran(tmp_path, engine, base, *words)
+        mine, other = (seen(tmp_path, "stopped", rank)["decisions"] for rank in (0, 1))
+        assert mine == other
+        steps.append(len(mine))
+    assert 0 < steps[0] < runs.STEPS
+    assert sum(steps) == runs.STEPS
