@@ -56,6 +56,25 @@ def _quantised(bits: int, dtype: str) -> BitsAndBytesConfig:
     )
 
 
+def quantised(model: PreTrainedModel, bits: int) -> PreTrainedModel:
+    """A model of the same weights, its linear layers quantised as `load_model` does it.
+
+    Args:
+        bits: 4 or 8.
+
+    Raises:
+        ConfigError: where bitsandbytes is not installed.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    return type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=dtype,
+        quantization_config=_quantised(bits, dtype),
+    )
+
+
 def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer called `name`; one without a padding token pads with its end-of-text token.
 

@@ -30,6 +30,7 @@ from atp.bench.train_step import adapted, learning_step
 from atp.config import ATPConfig
 from atp.evaluation import flops_per_token
 from atp.layers import Attachment, attach
+from atp.models import quantised
 from atp.structure.live import base_layer, causal_lm
 from atp.structure.space import Axis, Space
 
@@ -135,6 +136,7 @@ def seconds_here(
     length: int,
     lora_rank: int,
     checkpointing: bool = False,
+    bits: int | None = None,
     calls: int = 3,
 ) -> float:
     """Seconds of a step of a model of `blocks` blocks on this machine, from one of one block and one of three.
@@ -143,12 +145,14 @@ def seconds_here(
 
     Args:
         build: makes a model of as many blocks.
+        bits: of its linear weights, where they are to be quantised.
         calls: timed calls of each, after a first one that is not; the median counts.
     """
-    config = as_computed(config, engine, None)
+    config = as_computed(config, engine, bits)
 
     def timed(count: int) -> float:
-        step = learning_step(build(count), config, lora_rank, rows, length, checkpointing)
+        base = build(count) if bits is None else quantised(build(count), bits)
+        step = learning_step(base, config, lora_rank, rows, length, checkpointing)
         step()
         return statistics.median(measured(step)[0] for _ in range(calls))
 

@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     seconds = None
     if arguments.here:
         build = partial(random_model, arguments.model, dtype=arguments.dtype)
-        seconds = seconds_here(build, model.config.get_text_config().num_hidden_layers, config, arguments.engine, *step)
+        blocks = model.config.get_text_config().num_hidden_layers
+        seconds = seconds_here(build, blocks, config, arguments.engine, *step, arguments.bits)
     elif arguments.tflops:
         seconds = found.flops / (arguments.tflops * 1e12)
     if seconds and arguments.gb_per_s:

@@ -1,17 +1,20 @@
 """What a plan counts. Oracles: a real step under the same watch, PyTorch's own sizes, arithmetic by hand."""
 
 import json
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from atp.bench import ENGINES, plan
+from atp.bench import ENGINES, plan, seconds_here
 from atp.bench.copies import attached
 from atp.bench.plan import _Alive
-from atp.bench.train_step import adapted
+from atp.bench.train_step import adapted, learning_step
 from atp.cli import main
 from atp.config import ATPConfig
+from atp.structure.live import is_quantised
 from tests import families, tiny
 
 ROWS, LENGTH, RANK = 2, 16, 4
@@ -102,6 +105,29 @@ def test_command_prints_and_writes(tmp_path, capsys) -> None:
     assert found["total"] == sum(found["memory"].values())
     assert found["seconds"] == pytest.approx(found["flops"] / 1e11)
     assert found["fits"] is False
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_what_is_timed_here_computes_as_training_does(bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if bits is not None:
+        pytest.importorskip("bitsandbytes")
+    timed = []
+
+    def seen(base: PreTrainedModel, config: ATPConfig, *rest: object) -> Callable[[], None]:
+        weight = base.model.layers[-1].mlp.up_proj.weight
+        timed.append((base.config.num_hidden_layers, is_quantised(base.model.layers[-1].mlp.up_proj), config.impl))
+        assert weight.dtype == {None: torch.float32, 4: torch.uint8, 8: torch.int8}[bits]
+        return learning_step(base, config, *rest)
+
+    monkeypatch.setattr(sys.modules[seconds_here.__module__], "learning_step", seen)
+    config = ATPConfig(round_to=1)
+    seconds_here(shallow, 30, config, "ddp", ROWS, LENGTH, RANK, bits=bits, calls=1)
+    assert timed == [(n, bits is not None, "eager" if bits else config.impl) for n in (1, 3)]
+
+
+def shallow(blocks: int) -> LlamaForCausalLM:
+    """The tiny model, in sizes that can be quantised."""
+    return tiny.model(hidden_size=64, intermediate_size=128, num_hidden_layers=blocks)
 
 
 @pytest.mark.parametrize(
