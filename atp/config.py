@@ -133,7 +133,7 @@ class ATPConfig:
     init: str = "surgeon"
     init_ranking: str | None = None
     init_tilt: float = 0.3
-    init_floor: float = 0.6
+    init_floor: float = 0.8
     protect: tuple[int, int] | None = None
     start_at: float | None = None
     freeze_at: float = 0.3

@@ -7,8 +7,9 @@ writer's kept columns, m what the output lacks, and a_r = df/dz_r as things stan
     minimise over V   sum over tokens |D sum_r a_r * (V_r x) - m|^2 + sum_r pull_r |V_r|^2,     W_r <- W_r + V_r
 
 by a few conjugate gradients, preconditioned as by K-FAC (arXiv 1503.05671): (DᵀD * mean a aᵀ) (x) mean x xᵀ. The
-gradient is that of all tokens, the curvature that of a draw, as in subsampled Newton methods (arXiv 1601.04737). f is
-not linear, so the step is halved until the output lacks less, or not taken.
+curvature is that of a draw of tokens, as in subsampled Newton methods (arXiv 1601.04737). f is not linear, so there are
+two rounds, of two draws, the first by the gradient of its draw and the last by that of all tokens; and a step is halved
+until the output lacks less, or not taken.
 
 Where several processes run, each is given its own batches, and all refit to those of all.
 
@@ -163,14 +164,23 @@ def refit_readers(
         seeds: of the tokens drawn, a batch each.
     """
     kept = KeptMLP.of(attachment, mlp)
-    drawn = _drawn(kept, entering, wanted(), seeds)
+    _round(kept, _drawn(kept, entering, wanted(), seeds, turn=0), None)
+    _round(kept, _drawn(kept, entering, wanted(), seeds, turn=1), lambda: _batches(kept, entering, wanted()))
+
+
+def _round(kept: KeptMLP, drawn: list[_Batch], every: Callable[[], Iterable[_Batch]] | None) -> None:
+    """One Gauss-Newton step around where readers stand.
+
+    Args:
+        drawn: what the curvature and the size of the step are of, and of the writer a fit that is not kept.
+        every: what the gradient is of; None: of the same.
+    """
     hidden = (kept.hidden(batch.x) for batch in drawn)
     columns = _effective(kept.writer)[:, kept.channels]
     columns = columns + _writer_change(kept.writer, kept.channels, hidden, ((b.target, b.weight) for b in drawn))
     tokens = [_tokens(kept, columns, batch) for batch in drawn]
-    every = (_tokens(kept, columns, batch) for batch in _batches(kept, entering, wanted()))
     written = columns * kept.outputs[:, None]
-    gradient = _gradient(every, written)
+    gradient = _gradient(tokens if every is None else (_tokens(kept, columns, b) for b in every()), written)
     with _in_float32(columns):
         change = _reader_change(tokens, gradient, written)
 
@@ -221,14 +231,19 @@ def _batches(kept: KeptMLP, entering: list[Tensor], wanted: Wanted) -> Iterator[
         yield _Batch(x * kept.inputs.to(x.dtype), target, weight)
 
 
-def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted, seeds: Sequence[int]) -> list[_Batch]:
-    """The same share of each batch, `READER_TOKENS` a channel in all where there are as many, `AT_ONCE` at a time."""
+def _drawn(kept: KeptMLP, entering: list[Tensor], wanted: Wanted, seeds: Sequence[int], turn: int) -> list[_Batch]:
+    """The same share of each batch, `READER_TOKENS` a channel in all where there are as many, `AT_ONCE` at a time.
+
+    Args:
+        turn: how many have been drawn before, of tokens that do not come again before all have come.
+    """
     share = READER_TOKENS * len(kept.channels) / counted(sum(x.shape[:-1].numel() for x in entering))
     parts: list[tuple[Tensor, ...]] = []
     for batch, seed in zip(_batches(kept, entering, wanted), seeds, strict=True):
         count = batch.x.shape[:-1].numel()
-        random = torch.Generator().manual_seed(seed)
-        order = torch.randperm(count, generator=random)[: max(1, round(share * count))].to(batch.x.device)
+        taken = max(1, round(share * count))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        order = order.roll(-turn * taken)[:taken].to(batch.x.device)
         parts.append(tuple(t.flatten(0, -2)[order] for t in batch))
     chunks = zip(*(torch.cat(part).split(AT_ONCE) for part in zip(*parts, strict=True)), strict=True)
     return [_Batch(x[None], target[None], weight[None]) for x, target, weight in chunks]
