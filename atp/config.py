@@ -103,6 +103,8 @@ class ATPConfig:
         refit_rows: rows that the final refit looks at: the calibration rows and, up to this number, training rows. Its
             targets are the dense model's own outputs, so that no row need be held out for it. Each costs a few forward
             passes, once.
+        reader_rounds: rounds in which `compensate="follow"` refits the MLPs' readers, the last by all tokens, those
+            before it by a draw. Two gained Gemma-3-270M (medical, 40 % of `width`) 0.015 nats after training.
         refit_first_tokens: one-token inputs that the final refit looks at besides, from the same rows; 0 turns it off.
         calibration_batch_size: rows per calibration pass of a process; `None` takes the Trainer's per-device batch
             size, so that backward passes over calibration rows need no more memory than a training step.
@@ -133,7 +135,7 @@ class ATPConfig:
     init: str = "surgeon"
     init_ranking: str | None = None
     init_tilt: float = 0.3
-    init_floor: float = 0.8
+    init_floor: float = 0.6
     protect: tuple[int, int] | None = None
     start_at: float | None = None
     freeze_at: float = 0.3
@@ -158,6 +160,7 @@ class ATPConfig:
 
     calibration_rows: int = 64
     refit_rows: int = 256
+    reader_rounds: int = 1
     refit_first_tokens: int = 1024
     calibration_batch_size: int | None = None
 
@@ -215,6 +218,7 @@ class ATPConfig:
                     "generator_heads",
                     "calibration_rows",
                     "refit_rows",
+                    "reader_rounds",
                 )
             ),
             *(
@@ -298,6 +302,7 @@ class ATPConfig:
         """`to_dict` without the settings that no run with this `decision`, `compensate` and ranking looks at."""
         unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
         unused += () if self.compensate in _REFITTING else ("refit_rows", "refit_first_tokens")
+        unused += () if self.compensate in ("follow", "auto") else ("reader_rounds",)
         unused += ("init_tilt", "init_floor") if self.init_ranking in ("block", "standard") else ()
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 

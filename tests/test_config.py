@@ -27,6 +27,7 @@ from atp.generator.sampling import EULER_GAMMA
         ("start_at", 0.9, "[0, freeze_at="),
         ("distill", -1.0, ">= 0"),
         ("refit_rows", 0, "positive integer"),
+        ("reader_rounds", 0, "positive integer"),
         ("refit_first_tokens", -1, "integer >= 0"),
         ("init_floor", 1.5, "[0, 1]"),
         ("temperature", 0.0, "positive number"),

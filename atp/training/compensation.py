@@ -39,6 +39,7 @@ class Compensation:
         batches: what it measures on.
         at_hand: keep what layers held at first where they compute, not on the CPU, for `undone` at every step.
         compact: compute only what is kept while the stream is followed, where layers are plain.
+        reader_rounds: of `"follow"` (`training.refitting`).
         quiet: no progress bars.
 
     Attributes:
@@ -58,10 +59,12 @@ class Compensation:
         batches: Batches,
         at_hand: bool = False,
         compact: bool = True,
+        reader_rounds: int = 1,
         quiet: bool = False,
     ) -> None:
         self._attachment, self._forward, self._batches = attachment, forward, batches
         self._at_hand, self._compact, self._quiet = at_hand, compact, quiet
+        self._reader_rounds = reader_rounds
         self.final_batches = batches
         self._linears = {linear.path: linear for linear in attachment.space.linears if linear.mask_cols}
         blocks = attachment.space.structure.blocks
@@ -128,7 +131,16 @@ class Compensation:
             self._claim((*writers, *self._mlp_readers))
             with self._masks(decision):
                 kept = {path: keep.get(path) for path in writers}
-                follow(self._attachment, kept, self._dense_block, self._forward, batches, self._compact, self._quiet)
+                follow(
+                    self._attachment,
+                    kept,
+                    self._dense_block,
+                    self._forward,
+                    batches,
+                    self._compact,
+                    self._reader_rounds,
+                    self._quiet,
+                )
 
     @property
     def refits(self) -> bool:

@@ -94,6 +94,7 @@ def follow(
     forward: Callable[[Any], object],
     batches: Batches,
     compact: bool = True,
+    reader_rounds: int = 1,
     quiet: bool = False,
 ) -> None:
     """Refit `writers` and the MLPs' readers in place, block after block.
@@ -106,6 +107,7 @@ def follow(
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
         compact: compute only what is kept, where layers are plain; they do so until masks are set.
+        reader_rounds: of readers (`refit_readers`).
         quiet: no progress bars.
     """
     lm, blocks = attachment.lm, attachment.space.structure.blocks
@@ -130,7 +132,7 @@ def follow(
         with precision():
             for block in tqdm(blocks, desc="atp: refitting blocks", leave=False, disable=quiet):
                 with gathered(lm.get_submodule(block.path), changes=True):
-                    _follow_block(attachment, block, writers, original, streams)
+                    _follow_block(attachment, block, writers, original, reader_rounds, streams)
     finally:
         lm.train(was_training)
 
@@ -140,6 +142,7 @@ def _follow_block(
     block: Block,
     writers: Mapping[str, Tensor | None],
     original: Callable[[Block], AbstractContextManager],
+    reader_rounds: int,
     streams: list[Stream],
 ) -> None:
     module, index = attachment.lm.get_submodule(block.path), block.index
@@ -171,7 +174,8 @@ def _follow_block(
         dense[i] = dense[i] + attention.brings(by_attention[i])
     by_attention.clear()
     if block.mlp.path not in off:
-        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp), [s.index for s in streams])
+        seeds = [s.index for s in streams]
+        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp), seeds, reader_rounds)
         read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
         refit_writer(mlp.writer, writers[block.mlp.writer.path], read, wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):

@@ -73,6 +73,7 @@ class PruningRun:
             self.calibration or (),
             at_hand=distils,
             compact=config.impl != "eager",
+            reader_rounds=config.reader_rounds,
             quiet=quiet,
         )
         if compensation.refits and self.calibration is not None:
