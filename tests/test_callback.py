@@ -31,7 +31,7 @@ from atp.models import load_model
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer, is_quantised
-from atp.training import state
+from atp.training import refitting, state
 from atp.training.run import TEACHER
 from tests import runs, tiny
 
@@ -54,6 +54,17 @@ def test_the_final_refit_looks_at_one_token_inputs_too(tmp_path: Path, wanted: i
     )
     run.train()
     assert len(alone) == wanted
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_final_refit_takes_as_many_rounds_as_asked(tmp_path: Path, rounds: int, monkeypatch) -> None:
+    taken, one_round = [], refitting._round
+    monkeypatch.setattr(refitting, "_round", lambda *args: taken.append(len(args)) or one_round(*args))
+    run = runs.trainer(tmp_path, runs.config(reader_rounds=rounds))
+    run.train()
+    by_a_draw, by_all = 2, 3  # arguments
+    blocks = len(runs.callback_of(run).learner.space.structure.blocks)
+    assert taken == ([by_a_draw] * (rounds - 1) + [by_all]) * blocks
 
 
 @pytest.mark.parametrize(("mode", "space"), WAYS)

@@ -137,9 +137,9 @@ class Compensation:
                     self._dense_block,
                     self._forward,
                     batches,
-                    self._compact,
-                    self._reader_rounds,
-                    self._quiet,
+                    compact=self._compact,
+                    reader_rounds=self._reader_rounds,
+                    quiet=self._quiet,
                 )
 
     @property
