@@ -3,7 +3,7 @@
     Trainer(model=peft_model, ..., callbacks=[ATPCallback(ATPConfig(sparsity=0.4))]).train()
 
 leaves `output_dir/final/` (adapter, decision, generator) and `output_dir/pruned/` (the smaller model). Works in an
-unmodified `Trainer` and an unmodified TRL `SFTTrainer`.
+unmodified `Trainer`, an unmodified TRL `SFTTrainer`, and a `DPOTrainer` with `precompute_ref_log_probs=True`.
 """
 
 import logging
@@ -130,6 +130,7 @@ class ATPCallback(TrainerCallback):
         """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
         self._feeder.join()
         _require_rows_of_its_own()
+        _require_dense_reference(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
@@ -461,6 +462,15 @@ def _require_rows_of_its_own() -> None:
         raise UnsupportedModelError(
             "tensor, context and sequence parallelism are not supported, by which several processes share the pass of "
             "one row: shard the model with configs/accelerate/fsdp2.yaml or zero3.yaml instead"
+        )
+
+
+def _require_dense_reference(args: TrainingArguments) -> None:
+    """TRL's DPO and KTO compare with the model as it was, which they ask, adapters off, under masks: or before."""
+    if getattr(args, "precompute_ref_log_probs", True) is False:
+        raise UnsupportedModelError(
+            f"{type(args).__name__}: the reference model would be pruned too: set precompute_ref_log_probs=True, so "
+            "that its log-probabilities are computed before pruning begins"
         )
 
 

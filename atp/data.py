@@ -151,6 +151,20 @@ def learned_tokens(batch: Mapping[str, Any]) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
+def causal(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a causal model's own loss is of, in a collated batch: all of it, or of preference pairs what is preferred.
+
+    Args:
+        batch: of pairs, as TRL's `DPOTrainer` has them with `precompute_ref_log_probs`: `input_ids`, `attention_mask`
+            and `completion_mask`, `(2 * rows, tokens)`, preferred rows first. Their labels are completions.
+    """
+    if "ref_chosen_logps" not in batch:
+        return batch
+    rows = len(batch["ref_chosen_logps"])
+    ids, mask, learned = (batch[k][:rows] for k in ("input_ids", "attention_mask", "completion_mask"))
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(learned == 0, IGNORED)}
+
+
 def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
     """Pads `input_ids`, `attention_mask` and `labels` of a batch to its longest window."""
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -339,34 +338,6 @@ def test_bf16_autocast_and_torch_compile(tmp_path: Path, late: dict[str, float])
     half.train()
     assert all(p.dtype == torch.float32 for p in runs.callback_of(half).learner.generator.parameters())
     assert math.isfinite(half.state.log_history[-2]["loss"])
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL 1.16 sets it
-def test_unmodified_sft_trainer(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    arguments = {"use_cpu": True, "max_steps": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
-    packed = {"packing": True, "max_length": 24, "completion_only_loss": True}
-    for name, changes in (("plain", {}), ("packed", packed)):
-        callback = ATPCallback(runs.config(calibration_batch_size=1, mode="alternating", **runs.LATE))
-        trainer = trl.SFTTrainer(
-            model=runs.peft_model(),
-            args=trl.SFTConfig(
-                output_dir=str(tmp_path / name),
-                per_device_train_batch_size=2,
-                disable_tqdm=True,
-                **arguments,
-                **changes,
-            ),
-            train_dataset=Dataset.from_list([tiny.row(i) for i in range(80)]),
-            processing_class=tiny.tokenizer(),
-            callbacks=[callback],
-        )
-        trainer.train()
-        assert callback.learner.frozen
-        assert any("atp/sparsity" in entry for entry in trainer.state.log_history)
-        assert any(entry.get("atp/teacher_kl", 0) > 0 for entry in trainer.state.log_history), "no logits are made"
-        AutoModelForCausalLM.from_pretrained(tmp_path / name / "pruned")
-        assert (tmp_path / name / "pruned" / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from atp.data import causal
 from atp.errors import CalibrationError
 
 MOST_HELD_OUT = 0.1
 """At most this share of the training rows is held out."""
+
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids")
+"""Columns of tokens, the last three of TRL's preference pairs."""
 
 
 class Calibration:
@@ -36,14 +40,14 @@ class Calibration:
         self._rows, self._collate, self._batch_size = rows, collate, batch_size
         if "labels" not in self.batch(0):
             raise CalibrationError(
-                "calibration batches have no labels, so the model returns no loss: calibration rows must be "
-                "prepared like the training set (tokenised, with the same data collator)"
+                "calibration batches have no labels, so the model returns no loss: calibration rows must be prepared "
+                "like a training set for language modelling (tokenised, with the same data collator)"
             )
 
     def batch(self, index: int) -> Mapping[str, Any]:
         """Batch number `index`; they repeat after the last row, and depend on nothing but the index."""
         start = index * self._batch_size
-        return self._collate([self._rows[(start + i) % len(self._rows)] for i in range(self._batch_size)])
+        return causal(self._collate([self._rows[(start + i) % len(self._rows)] for i in range(self._batch_size)]))
 
     def __len__(self) -> int:
         """Full batches."""
@@ -88,9 +92,8 @@ class Calibration:
 
 def row_hash(row: Any) -> str:
     """Hash of a row's tokens (or of the whole row where it has none), blind to padding and to extra columns."""
-    content = row.get("input_ids", row) if isinstance(row, Mapping) else row
-    if isinstance(content, Tensor):
-        content = content.tolist()
+    columns = [row[name] for name in _TOKENS if name in row] if isinstance(row, Mapping) else []
+    content = [column.tolist() if isinstance(column, Tensor) else column for column in columns or [row]]
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 

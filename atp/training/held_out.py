@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.data import learned_tokens
+from atp.data import causal, learned_tokens
 from atp.layers import Attachment
 from atp.processes import dealt, summed
 from atp.training.compensation import Compensation
@@ -70,7 +70,7 @@ class HeldOut:
     def _batches(self) -> Iterator[dict[str, Any]]:
         device = next(self._model.parameters()).device
         for first in range(0, len(self._rows), self._batch_size):
-            batch = self._collate(self._rows[first : first + self._batch_size])
+            batch = causal(self._collate(self._rows[first : first + self._batch_size]))
             yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     @contextmanager

@@ -105,3 +105,6 @@ def test_rows_are_known_by_their_tokens() -> None:
     check_disjoint({row_hash(row)}, [{"input_ids": [4, 3]}])
     with pytest.raises(CalibrationError, match="evaluation row 1"):
         check_disjoint({row_hash(row)}, [{"input_ids": [4, 3]}, row])
+    pair = {"prompt": "x", "prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "ref_chosen_logps": -1.5}
+    assert row_hash(pair) == row_hash(pair | {"ref_chosen_logps": -1.500001})
+    assert row_hash(pair) != row_hash(pair | {"chosen_ids": [6]})
