@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["ATPCallback", "ATPConfig", "discover", "export", "load"]
+__all__ = ["ATPCallback", "ATPConfig", "discover", "export", "load", "text_model"]
 
 
 def _is_command() -> bool:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from atp.config import ATPConfig
     from atp.export import export
     from atp.loading import load
+    from atp.models import text_model
     from atp.structure.discovery import discover
 else:
     _HOMES = {
@@ -35,6 +36,7 @@ else:
         "discover": "atp.structure.discovery",
         "export": "atp.export",
         "load": "atp.loading",
+        "text_model": "atp.models",
     }
 
     def _bind() -> None:

@@ -14,13 +14,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from atp.errors import ATPError, ConfigError, ModelError, in_one_line
+from atp.errors import ATPError, ConfigError, ModelError, UnsupportedModelError, in_one_line
+
+_OF_QUANTISED = {"hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"}
+"""What loading notes on a quantised model."""
 
 
 def load_model(
     name: str, gguf_file: str | None = None, dtype: str = "auto", bits: int | None = None
 ) -> PreTrainedModel:
-    """The causal LM called `name`, on the CPU, in `dtype` (a GGUF is dequantised, `auto` meaning float32).
+    """The causal LM called `name` (or its text part), on the CPU, in `dtype`.
+
+    A GGUF is dequantised, `auto` meaning float32.
 
     Args:
         bits: 4 or 8 for linear layers quantised by bitsandbytes, on this process's GPU if there is one.
@@ -28,6 +33,7 @@ def load_model(
     Raises:
         ModelError: where nothing loadable is there.
         ConfigError: where `bits` needs a package that is not installed.
+        UnsupportedModelError: where the text part is no causal LM by itself.
     """
     name, gguf_file = split_gguf(name, gguf_file)
     arguments: dict[str, Any] = {"dtype": dtype}
@@ -39,7 +45,41 @@ def load_model(
             "quantization_config": GgufConfig(dequantize=True),
             "dtype": "float32" if dtype == "auto" else dtype,
         }
-    return load_with(AutoModelForCausalLM, name, "model", arguments)
+    return text_model(load_with(AutoModelForCausalLM, name, "model", arguments))
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal LM inside a model that reads images or sound besides (Gemma 3 from 4B on); any other model itself.
+
+    Its modules are those of `model`, which should not be used any more; what they are quantised to stays.
+
+    Raises:
+        UnsupportedModelError: where transformers has no causal LM of just that text part.
+    """
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    try:
+        with torch.device("meta"):
+            text = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        text = None
+    decoder = next((m for m in model.modules() if text is not None and type(m) is type(text.base_model)), None)
+    if text is None or decoder is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its text part, {config.model_type!r}, is no causal language model by itself"
+        )
+    setattr(text, text.base_model_prefix, decoder)
+    head = model.get_output_embeddings()
+    text.set_output_embeddings(head)
+    text.config, text.generation_config = decoder.config, model.generation_config
+    text.config.dtype, text.config.architectures = model.config.dtype, [type(text).__name__]
+    text.config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
+    text.name_or_path = text.config._name_or_path = model.name_or_path
+    if getattr(model, "is_quantized", False):
+        text.config.quantization_config = model.config.quantization_config
+        vars(text).update({name: value for name, value in vars(model).items() if name in _OF_QUANTISED})
+    return text.train(model.training)
 
 
 def _quantised(bits: int, dtype: str) -> BitsAndBytesConfig:

@@ -11,7 +11,7 @@ from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ConfigError, UnsupportedModelError, in_one_line
 from atp.evaluation import folder_bytes
 from atp.export import register
-from atp.models import load_with, split_gguf
+from atp.models import load_with, split_gguf, text_model
 from atp.structure.families import keep_blocks
 
 register()  # a model that a command names may be one that we exported
@@ -52,7 +52,7 @@ def _config(name: str, gguf_file: str | None = None) -> PretrainedConfig:
 def _from_config(name: str, config: PretrainedConfig, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     try:
         with torch.device(device):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return text_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
     except ValueError as error:
         raise UnsupportedModelError(f"{name}: {in_one_line(error)}") from None
 

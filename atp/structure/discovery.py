@@ -115,6 +115,10 @@ def discover(model: nn.Module) -> Structure:
     """
     lm = causal_lm(model)
     config = lm.config
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"{type(lm).__name__} reads more than text: prune its text part, atp.text_model(model), LoRA put on that"
+        )
     _refuse_pruned_otherwise(lm)
     stack = lm.base_model
     if stack is lm:
