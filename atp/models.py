@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -45,11 +50,27 @@ def load_model(
             "quantization_config": GgufConfig(dequantize=True),
             "dtype": "float32" if dtype == "auto" else dtype,
         }
-    return text_model(load_with(AutoModelForCausalLM, name, "model", arguments))
+    return text_model(load_with(auto_class(load_config(name, gguf_file)), name, "model", arguments))
+
+
+def load_config(name: str, gguf_file: str | None = None) -> PreTrainedConfig:
+    """The configuration of the model called `name`.
+
+    Raises:
+        ModelError: where nothing loadable is there.
+    """
+    return load_with(AutoConfig, name, "model config", {"gguf_file": gguf_file} if gguf_file else {})
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """What loads and builds models of this configuration: causal LMs, or what reads images where there are none."""
+    reads_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only_so = reads_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if only_so else AutoModelForCausalLM
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The causal LM inside a model that reads images or sound besides (Gemma 3 from 4B on); any other model itself.
+    """The causal LM inside a model that reads images besides (Gemma 3 from 4B on, Ministral 3); any other model itself.
 
     Its modules are those of `model`, which should not be used any more; what they are quantised to stays.
 

@@ -52,9 +52,9 @@ def logits(model: PreTrainedModel) -> Tensor:
     return model(input_ids=torch.arange(3, 15)[None]).logits
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    built().save_pretrained(tmp_path / "whole")
+@pytest.fixture(params=CONFIGS)
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    built(request.param).save_pretrained(tmp_path / "whole")
     tiny.tokenizer().save_pretrained(tmp_path / "whole")
     return tmp_path / "whole"
 
@@ -101,7 +101,8 @@ def test_quantised_it_stays_so(folder: Path, bits: int) -> None:
 
 def test_commands_take_the_text_part(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder)]) == 0
-    assert f"{text_model(built()).num_parameters():,}" in capsys.readouterr().out
+    size = load_model(str(folder)).num_parameters()
+    assert f"{size:,}" in capsys.readouterr().out
     data = tiny.jsonl(folder.parent / "rows.jsonl", range(200))
     run = folder.parent / "run"
     settings = {
@@ -118,7 +119,7 @@ def test_commands_take_the_text_part(folder: Path, capsys: pytest.CaptureFixture
     (folder.parent / "recipe.yaml").write_text("{}")
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     assert main(["train", str(folder.parent / "recipe.yaml"), *words]) == 0
-    assert load(run / "pruned").num_parameters() < text_model(built()).num_parameters()
+    assert load(run / "pruned").num_parameters() < size
 
 
 def test_the_whole_model_is_refused_and_told_of_its_text_part() -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from atp.commands.shapes import SHAPES, config_of
 from atp.errors import ConfigError, UnsupportedModelError, in_one_line
 from atp.evaluation import folder_bytes
 from atp.export import register
-from atp.models import load_with, split_gguf, text_model
+from atp.models import auto_class, load_config, split_gguf, text_model
 from atp.structure.families import keep_blocks
 
 register()  # a model that a command names may be one that we exported
@@ -46,13 +46,13 @@ def _config(name: str, gguf_file: str | None = None) -> PretrainedConfig:
     if name in SHAPES and not Path(name).exists():
         return config_of(name)
     name, gguf_file = split_gguf(name, gguf_file)
-    return load_with(AutoConfig, name, "model config", {"gguf_file": gguf_file} if gguf_file else {})
+    return load_config(name, gguf_file)
 
 
 def _from_config(name: str, config: PretrainedConfig, device: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     try:
         with torch.device(device):
-            return text_model(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            return text_model(auto_class(config).from_config(config, dtype=dtype))
     except ValueError as error:
         raise UnsupportedModelError(f"{name}: {in_one_line(error)}") from None
 
