@@ -122,7 +122,9 @@ def discover(model: nn.Module) -> Structure:
     _refuse_pruned_otherwise(lm)
     stack = lm.base_model
     if stack is lm:
-        raise UnsupportedModelError(f"{type(lm).__name__} is a bare decoder: load it with AutoModelForCausalLM")
+        bare = lm.get_output_embeddings() is None
+        why = "is a bare decoder: load it with AutoModelForCausalLM" if bare else "hides its decoder: not supported"
+        raise UnsupportedModelError(f"{type(lm).__name__} {why}")
     plan = _plan(lm, stack)
     container = _container(plan)
     prefix = f"{lm.base_model_prefix}."
@@ -227,7 +229,7 @@ def _block(lm: PreTrainedModel, index: int, path: str, plan: dict[str, str], con
             if part is None:
                 raise UnsupportedModelError(f"{full}: writer of unknown role; add it to atp/structure/families.py")
             writers[part] = _linear(module, full)
-        elif module is not None or "experts" in name:
+        elif module is not None or _has_experts(layer, name):
             raise UnsupportedModelError(f"{full}: style {style!r} (mixture-of-experts or fused) is not supported")
         planned.add(name)
     _refuse_unplanned(layer, path, planned)
@@ -240,6 +242,12 @@ def _block(lm: PreTrainedModel, index: int, path: str, plan: dict[str, str], con
         attention=_attention(lm, readers["attention"], writers["attention"], hidden_size),
         mlp=_mlp(readers["mlp"], writers["mlp"], hidden_size),
     )
+
+
+def _has_experts(layer: nn.Module, name: str) -> bool:
+    """Whether what a plan calls `name` lies in experts that are there: plans of dense models may name them too."""
+    before, experts, _ = name.partition("experts")
+    return bool(experts) and _submodule(layer, before + experts) is not None
 
 
 def _submodule(layer: nn.Module, name: str) -> nn.Module | None:
