@@ -75,16 +75,16 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     Its modules are those of `model`, which should not be used any more; what they are quantised to stays.
 
     Raises:
-        UnsupportedModelError: where transformers has no causal LM of just that text part.
+        UnsupportedModelError: where transformers has no causal LM of just that text part, or adapters are on it.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__}: take the text part of the model that LoRA is then put on")
     config = model.config.get_text_config()
     if config is model.config:
         return model
-    try:
-        with torch.device("meta"):
-            text = AutoModelForCausalLM.from_config(config)
-    except ValueError:
-        text = None
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    with torch.device("meta"):
+        text = None if causal is None else causal(config)
     decoder = next((m for m in model.modules() if text is not None and type(m) is type(text.base_model)), None)
     if text is None or decoder is None:
         raise UnsupportedModelError(

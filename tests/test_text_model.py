@@ -127,6 +127,11 @@ def test_the_whole_model_is_refused_and_told_of_its_text_part() -> None:
         discover(built())
 
 
+def test_adapters_come_after() -> None:
+    with pytest.raises(UnsupportedModelError, match="PeftModelForCausalLM: take the text part of the model that LoRA"):
+        text_model(families.with_lora(built()))
+
+
 def test_text_parts_that_are_no_causal_lm_are_refused_by_name() -> None:
     text = TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
