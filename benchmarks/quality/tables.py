@@ -55,21 +55,21 @@ def top_table() -> str:
 
 
 def top_lines(title: str, cells: list[Cell]) -> Iterator[tuple[str, ...]]:
-    """One for each `atp` cell. Cells are sorted, so that the first rival at a sparsity is the best."""
+    """One for each `atp` cell. Cells are sorted, so that the first rival at a sparsity, if one has run, is the best."""
     dense = next(cell for cell in cells if cell.strategy == DENSE)
     for cell in (cell for cell in cells if cell.strategy == "atp"):
         here = [other for other in cells if other.sparsity == cell.sparsity]
-        rival = next(other for other in here if is_two_stage(other.strategy))
+        rival = next((other for other in here if is_two_stage(other.strategy)), None)
         paper = next((other for other in here if other.strategy == "paper"), None)
         yield (
             f"{title} {cell.sparsity:.0%}".replace("%", " %"),
             str(cell.seeds),
             perplexity(dense),
-            f"{perplexity(rival)} (`{rival.strategy}`)",
+            "" if rival is None else f"{perplexity(rival)} (`{rival.strategy}`)",
             "" if paper is None else perplexity(paper),
             f"**{perplexity(cell)}**",
-            f"{cell.perplexity_to_rival:.2f}",
-            f"{cell.gap_closed:.2f}",
+            "" if cell.perplexity_to_rival is None else f"{cell.perplexity_to_rival:.2f}",
+            "" if cell.gap_closed is None else f"{cell.gap_closed:.2f}",
         )
 
 
