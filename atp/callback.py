@@ -466,7 +466,7 @@ def _require_rows_of_its_own() -> None:
 
 
 def _require_dense_reference(args: TrainingArguments) -> None:
-    """TRL's DPO and KTO compare with the model as it was, which they ask, adapters off, under masks: or before."""
+    """TRL's DPO and KTO compare with the model before training: computed at each step, it would be under the masks."""
     if getattr(args, "precompute_ref_log_probs", True) is False:
         raise UnsupportedModelError(
             f"{type(args).__name__}: the reference model would be pruned too: set precompute_ref_log_probs=True, so "

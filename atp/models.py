@@ -50,7 +50,8 @@ def load_model(
             "quantization_config": GgufConfig(dequantize=True),
             "dtype": "float32" if dtype == "auto" else dtype,
         }
-    return text_model(load_with(auto_class(load_config(name, gguf_file)), name, "model", arguments))
+    loader = AutoModelForCausalLM if gguf_file else auto_class(load_config(name))
+    return text_model(load_with(loader, name, "model", arguments))
 
 
 def load_config(name: str, gguf_file: str | None = None) -> PreTrainedConfig:
