@@ -1,4 +1,4 @@
-"""Two processes on every engine. Oracles: one process with twice the batch; the uncut run.
+"""Two processes on every engine, four on one. Oracles: one process with the whole batch; the uncut run.
 
 Launched by accelerate's launcher: two machines, and a run killed in a step, by the command lines that users type, the
 others as forks of what has imported everything (`tests/launching.py`), which takes a second. `make test` runs this file
@@ -32,6 +32,8 @@ ENGINES = {
     "zero3": "DeepSpeedEngine",
 }
 IN_PARTS = ("fsdp2", "zero3")
+HYBRID = "hsdp"
+"""FSDP2 in four processes: each part twice."""
 CASES = ("joint", "alternating", "accumulated", "bf16")
 ALSO = {"ddp": ("distilled", "spaces"), "fsdp2": ("spaces",)}
 """Distillation where weights are not in parts; joined spaces where it takes seconds, not a minute (ZeRO)."""
@@ -50,7 +52,7 @@ ROUNDING_BF16 = 5e-2
 def ended(
     folder: Path, engine: str | None, module: str, *words: str, typed: bool = False
 ) -> subprocess.CompletedProcess:
-    """Run a module in one process, or in two on an engine, to its end.
+    """Run a module in one process, or in several on an engine, to its end.
 
     Args:
         folder: takes `output.txt`: what is printed, errors too.
@@ -77,7 +79,7 @@ def ran(folder: Path, engine: str | None, base: Path, *words: str) -> None:
 
 
 def flags(engine: str, machine: int | None = None, port: int = 0) -> list[str]:
-    """The launcher's flags for two processes; for one of two machines with a process each, where `machine` is given."""
+    """The launcher's flags, as many processes as the file says; a process of two machines where `machine` is given."""
     words = ["--config_file", f"configs/accelerate/{engine}.yaml"]
     if machine is not None:
         words += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(machine)]
@@ -102,7 +104,7 @@ def environment(engine: str | None) -> dict[str, str]:
 def skip_unless_wanted(engine: str | None) -> None:
     if engine is not None and engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed: `make test` does it (DS_BUILD_OPS=0, it needs torch first)")
-    if engine is not None and engine not in os.environ.get("ATP_ENGINES", ",".join(ENGINES)).split(","):
+    if engine is not None and engine not in os.environ.get("ATP_ENGINES", ",".join((*ENGINES, HYBRID))).split(","):
         pytest.skip(f"ATP_ENGINES leaves {engine} out")
 
 
@@ -271,3 +273,25 @@ def test_an_alert_ends_all_processes_at_the_same_step_and_none_once_resumed(
         steps.append(len(mine))
     assert 0 < steps[0] < runs.STEPS
     assert sum(steps) == runs.STEPS
+
+
+@pytest.mark.slow
+def test_parts_held_twice_equal_one_process_and_resume_exactly(alone: Path, base: Path, tmp_path: Path) -> None:
+    """Hybrid sharding: what two processes share out, two others hold as well."""
+    skip_unless_wanted(HYBRID)
+    ran(tmp_path, HYBRID, base, "spaces", "joint")
+    for case in ("spaces", "joint"):
+        ranks, one = [seen(tmp_path, case, rank) for rank in range(4)], seen(alone, case)
+        assert all(rank["in parts"] and rank["decisions"] == one["decisions"] for rank in ranks)
+        assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=ROUNDING)
+        off = {what: runs.worst(left(tmp_path, case, what), left(alone, case, what)) for what in WHAT}
+        print(f"{HYBRID}, {case}: " + ", ".join(f"{what} {error:.1e}" for what, error in off.items()))
+        assert off["logits"] < ROUNDING_OF_LOGITS
+        assert max(off.values()) < ROUNDING
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    killed = ended(cut, HYBRID, "tests.processes", str(cut), "joint", "--killed", "save", "--base", str(base))
+    assert "this process is killed now" in killed.stdout
+    ran(cut, HYBRID, base, "joint", "--resume")
+    for rank in range(4):
+        assert all(runs.same(left(cut, "joint", what, rank), left(tmp_path, "joint", what, rank)) for what in WHAT)
