@@ -81,6 +81,5 @@ if __name__ == "__main__":
     changes = runs.LATE | json.loads(sys.argv[2])
     run = runs.trainer(Path(sys.argv[1]), runs.config(**changes), use_liger_kernel=True, liger_kernel_config=settings)
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     masks = {name: mask.tolist() for name, mask in attachment_of(run.model).masks.items()}
-    print(json.dumps({"losses": losses, "masks": masks, "used": used}))
+    print(json.dumps({"losses": runs.losses(run), "masks": masks, "used": used}))

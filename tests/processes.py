@@ -164,7 +164,7 @@ def leave(run: Trainer, seen: Seen, out: Path) -> None:
     report = {
         "decisions": seen.decisions,
         "refitted to": seen.refitted_to,
-        "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
+        "losses": runs.losses(run),
         "held out": [found["held_out"] for found in read_lines(out / JOURNAL)[0] if "held_out" in found],
         "engine": type(run.model_wrapped).__name__,
         "compact": learner.attachment.is_compact,

@@ -92,6 +92,11 @@ def callback_of(run: Trainer) -> ATPCallback:
     return next(c for c in run.callback_handler.callbacks if isinstance(c, ATPCallback))
 
 
+def losses(run: Trainer) -> list[float]:
+    """As logged, in their order."""
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
 def adapter(run: Trainer) -> dict[str, Tensor]:
     """LoRA weights."""
     return {k: v.detach().clone() for k, v in run.model.state_dict().items() if "lora_" in k}

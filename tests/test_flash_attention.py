@@ -4,7 +4,6 @@ Transformers' own way to the kernel, which needs a GPU: PyTorch's attention stan
 given. Not covered: windows of packed rows, which it keeps apart.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, Trainer
 from transformers.integrations import flash_attention
 from transformers.masking_utils import flash_attention_mask
 
@@ -55,10 +54,10 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return seen
 
 
-def ended(folder: Path, prepare: Callable[[Any], None], **changes: Any) -> Any:
-    """A run of the model that `prepare` has changed."""
+def ended(folder: Path, attention: str = "sdpa", **changes: Any) -> Trainer:
+    """A run with that attention."""
     model = runs.peft_model()
-    prepare(model)
+    model.get_base_model().set_attn_implementation(attention)
     run = runs.trainer(folder, runs.config(**(runs.LATE | changes)), model=model)
     run.train()
     return run
@@ -66,19 +65,18 @@ def ended(folder: Path, prepare: Callable[[Any], None], **changes: Any) -> Any:
 
 @pytest.mark.parametrize("changes", [{}, {"mode": "alternating", "impl": "eager"}, {"space": "disp"}], ids=str)
 def test_nothing_that_is_decided_changes(changes: dict[str, Any], heads: list[tuple[int, int]], tmp_path: Path) -> None:
-    flash = ended(tmp_path / "flash", lambda m: m.get_base_model().set_attn_implementation(FLASH), **changes)
+    flash = ended(tmp_path / "flash", FLASH, **changes)
     called = len(heads)
-    plain = ended(tmp_path / "plain", lambda _: None, **changes)
+    plain = ended(tmp_path / "plain", **changes)
     assert called > 0
     assert len(heads) == called
-    losses = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in (flash, plain)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert runs.losses(flash) == pytest.approx(runs.losses(plain), abs=1e-5)
     assert runs.same(attachment_of(flash.model).decision(), attachment_of(plain.model).decision())
 
 
 def test_heads_that_are_pruned_reach_the_kernel_no_more(heads: list[tuple[int, int]], tmp_path: Path) -> None:
     """In the exported model; its logits are those that other attention gives."""
-    ended(tmp_path, lambda _: None, sparsity=0.6, init_floor=0.0)
+    ended(tmp_path, sparsity=0.6, init_floor=0.0)
     ids = torch.arange(2, 22)[None]
     flash, plain = (load(tmp_path / "pruned", attn_implementation=name).eval() for name in (FLASH, "eager"))
     with torch.no_grad():
