@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SPREAD := --numprocesses auto --dist loadfile
 ENGINES := tests/test_processes.py
+OLDEST := .venv-oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test check oldest clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py
@@ -27,8 +28,13 @@ check: $(VENV)/.dev
 	$(BIN)/python -m compileall -q atp examples tests
 	$(BIN)/python benchmarks/tables.py --check
 
+# The suite on the oldest versions that pyproject.toml allows, torch apart; what they warn of is no error. Not in CI.
+oldest: $(OLDEST)/.dev
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(SPREAD) --override-ini filterwarnings= --ignore=tests/ops/kernels \
+		--ignore=$(ENGINES)
+
 clean:
-	rm -rf $(VENV) .quickstart
+	rm -rf $(VENV) $(OLDEST) .quickstart
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -49,4 +55,12 @@ $(VENV)/.dev: $(VENV)/.package
 	$(PIP) --editable '.[dev]'
 	$(PIP) setuptools wheel && DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed || \
 		echo "DeepSpeed could not be installed: what needs it will be skipped" >&2
+	touch $@
+
+$(OLDEST)/.dev: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch uv
+	grep '^torch==' constraints.txt > $(OLDEST)/torch.txt
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		--override $(OLDEST)/torch.txt --editable '.[dev]'
 	touch $@

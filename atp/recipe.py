@@ -29,6 +29,11 @@ from atp.errors import ConfigError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 TRAINING_DEFAULTS: dict[str, Any] = {"report_to": "none"}
+TWO_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+"""Names of training arguments before and after transformers renamed them; a recipe may use either."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ class Recipe:
             output_dir=values["output_dir"],
             atp=None if values.get("atp") is False else _atp_config(_section(values, "atp")),
             lora=LORA_DEFAULTS | _checked(LoraConfig, _section(values, "lora"), "lora"),
-            training=TRAINING_DEFAULTS | _checked(TrainingArguments, _section(values, "training"), "training"),
+            training=TRAINING_DEFAULTS | _checked(TrainingArguments, _training(values), "training"),
             measure_base=_switch(values, "measure_base"),
         )
 
@@ -208,6 +213,17 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise ConfigError(f"recipe: `{name}` must be a mapping of settings, found {section!r}")
     return section
+
+
+def _training(values: dict[str, Any]) -> dict[str, Any]:
+    """The section `training`, renamed arguments by the name that this transformers has."""
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    names = {old: new for old, new in TWO_NAMES.items() if new in known} or {new: old for old, new in TWO_NAMES.items()}
+    section = _section(values, "training")
+    for name, other in names.items():
+        if name in section and other in section:
+            raise ConfigError(f"training: {name} and {other} are two names of one setting: give one")
+    return {names.get(name, name): value for name, value in section.items()}
 
 
 def _switch(values: dict[str, Any], name: str) -> bool:

@@ -4,6 +4,7 @@ Weights, biases and norm weights are random and far from their initial zeros and
 that was not sliced shows. LoRA has random B matrices for the same reason.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -98,6 +99,12 @@ def with_lora(model: PreTrainedModel, seed: int = 1, **changes: object) -> PeftM
                 if "lora_B" in name:
                     parameter.normal_(0.0, 0.15)
     return tuned.eval()
+
+
+def checkpoint(model: torch.nn.Module) -> None:
+    """Switch activation checkpointing on, by the only name that transformers has for it from 5.17 on."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 2) -> Tensor:

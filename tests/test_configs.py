@@ -68,6 +68,17 @@ def test_paper_preset_and_numbers_that_yaml_takes_for_words():
     assert recipe.training["learning_rate"] == 5e-4
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_either_name_of_a_renamed_training_argument_and_not_both(name, tmp_path):
+    training = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    recipe = Recipe.from_dict(MINIMAL | {"output_dir": str(tmp_path), "training": training})
+    arguments = recipe.training_arguments()
+    assert arguments.gradient_checkpointing
+    assert arguments.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    with pytest.raises(ConfigError, match="two names of one setting: give one"):
+        Recipe.from_dict(MINIMAL | {"training": {"gradient_checkpointing": True, "activation_checkpointing": True}})
+
+
 def test_overrides_leave_the_original_alone():
     changed = apply_overrides(MINIMAL, ["--atp.sparsity", "0.5", "--data.train=[a, b]", "--output_dir", "y"])
     assert changed["atp"] == {"sparsity": 0.5}

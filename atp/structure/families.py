@@ -57,7 +57,7 @@ _LLAMA_LIKE = {
     "layers.*.mlp.down_proj": "rowwise",
 }
 
-PLANS = {"stablelm": _LLAMA_LIKE}
+PLANS = {"nemotron": _LLAMA_LIKE, "stablelm": _LLAMA_LIKE}
 
 DERIVED_HEAD_SIZE = {"gpt_neox", "stablelm"}
 """Families whose head size is hidden_size / heads, whatever `head_dim` says: their configs cannot say fewer heads."""

@@ -129,7 +129,7 @@ def test_checkpointing_gives_the_same_mask_gradients():
     for checkpointing in (False, True):
         model = families.with_lora(families.build("llama")).train()
         if checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            families.checkpoint(model)
         attachment = attach(model, _space(model, "width"))
         attachment.require_gradients(True)
         batch = families.tokens()

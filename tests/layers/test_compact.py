@@ -228,7 +228,7 @@ def test_checkpointing_gives_the_same_gradients():
         model.train()
         if checkpointing:
             model.enable_input_require_grads()
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            families.checkpoint(model)
         attachment.compact()
         gradients.append(_logits_and_gradients(model)[1])
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

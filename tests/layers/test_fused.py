@@ -123,14 +123,13 @@ def test_hooks_inside_a_layer_are_called():
     assert flops_per_token(model) == expected
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")  # its only name in 5.17
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_autocast_computes_in_low_precision_with_gradients_as_close(checkpointing):
     """Oracle: float32; PEFT's layers in the same autocast may be no closer, but for a tenth."""
     model, attachment = attached()
     exact = values_and_gradients(model, attachment)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        families.checkpoint(model)
         model.train()
     errors = []
     for fuse in (lambda: None, attachment.fuse_adapters):

@@ -214,7 +214,7 @@ def test_the_model_is_entered_once_a_batch_and_left_before_its_head() -> None:
 def test_it_leaves_masks_mode_and_hooks_as_they_were() -> None:
     model, attachment, decision, compensation = compensated("none")
     model.train()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    families.checkpoint(model)
     attachment.set_masks(attachment.space.full())
     Compensation("follow", attachment, compensation._forward, IDS).apply(decision, attachment.space.full())
     assert model.training
