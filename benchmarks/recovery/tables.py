@@ -15,6 +15,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _TRIED = ("calibration", "held_out")
 
 METHODS = ("lr", "br", "br+gp", "br+cr", "br+gp+cr")
+USUAL_RATE = 2e-4
 
 Row = dict[str, Any]
 
@@ -46,7 +47,7 @@ def by_method(rows: list[Row]) -> list[str]:
         "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
-        where = ", ".join(_setting(row)).replace("%", " %")
+        where = _words(_setting(row))
         errors = [_change(*(_last(row, when, text) for when in ("before", "after")), ".4f") for text in _TRIED]
         qualities = [
             _change(*(_perplexity(row, when, text) for when in ("before", "after")), ".2f")
@@ -57,6 +58,7 @@ def by_method(rows: list[Row]) -> list[str]:
         size = f"{row['windows']} windows, {passes}"
         kept = "" if "blocks" not in row else _kept(row)
         name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
+        name += f", {row['learning_rate']:g}" if row["learning_rate"] != USUAL_RATE else ""
         best = "" if row["method"] == "lora" else "yes" if row["keep_best"] else "no"
         lines.append(
             f"| {where} | {size} | {name} | {best} | {' | '.join(errors)} | {' | '.join(qualities)} | {kept} "
@@ -73,6 +75,17 @@ def _steps(row: Row) -> int:
 def _setting(row: Row) -> tuple[str, str, str]:
     """What was pruned, on which text, and how much of it is gone."""
     return row["student"], row["domain"], f"{row['sparsity']:.0%}"
+
+
+def _by_setting(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault(_setting(row), []).append(row)
+    return found
+
+
+def _words(setting: tuple[str, str, str]) -> str:
+    return ", ".join(setting).replace("%", " %")
 
 
 def _last(row: Row, when: str, text: str) -> float | None:
@@ -98,10 +111,11 @@ def by_size(rows: list[Row]) -> list[str]:
     """Means and standard deviations over seeds of what recovery adds to the test text's nats a token."""
     shares = sorted({row["share"] for row in rows})
     head = " | ".join(f"{share:.0%} self-generated".replace("%", " %") for share in shares)
-    lines = [f"| windows | {head} |", f"| ---: |{' ---: |' * len(shares)}"]
-    for windows in sorted({row["windows"] for row in rows}):
-        cells = [_spread(_gains(rows, windows, share)) for share in shares]
-        lines.append(f"| {windows} | {' | '.join(cells)} |")
+    lines = [f"| model, text, removed | windows | {head} |", f"| --- | ---: |{' ---: |' * len(shares)}"]
+    for setting, chosen in _by_setting(rows).items():
+        for windows in sorted({row["windows"] for row in chosen}):
+            cells = [_spread(_gains(chosen, windows, share)) for share in shares]
+            lines.append(f"| {_words(setting)} | {windows} | {' | '.join(cells)} |")
     return lines
 
 
@@ -124,17 +138,16 @@ def made_with(rows: Iterable[Row]) -> str:
 def blocks_plot(rows: list[Row]) -> bytes:
     """Relative error of the stream after each block, before and after, on calibration (dashed) and held-out text.
 
-    Of rows of one method that with the most steps.
+    At the usual rate; of rows of one method that with the most steps.
     """
-    settings = dict.fromkeys(_setting(row) for row in rows if "blocks" in row)
+    settings = _by_setting(row for row in rows if "blocks" in row and row["learning_rate"] == USUAL_RATE)
     lines = math.ceil(len(settings) / 2)
     figure = Figure(figsize=(9, 3.4 * lines), layout="constrained")
     panels = list(figure.subplots(lines, 2, squeeze=False).flat)
     for axes in panels[len(settings) :]:
         axes.set_axis_off()
-    for axes, setting in zip(panels, settings, strict=False):
-        chosen = [row for row in rows if "blocks" in row and _setting(row) == setting]
-        chosen = [row for row in chosen if not row["keep_best"]] or chosen
+    for axes, (setting, all_of_it) in zip(panels, settings.items(), strict=False):
+        chosen = [row for row in all_of_it if not row["keep_best"]] or all_of_it
         most = {row["method"]: row for row in sorted(chosen, key=_steps)}
         _errors(axes, next(iter(most.values())), "before", "none", "#555555")
         for row in sorted(most.values(), key=lambda row: METHODS.index(row["method"])):
@@ -156,21 +169,26 @@ def _errors(axes: Any, row: Row, when: str, name: str, color: str) -> None:
 
 def curve_plot(rows: list[Row]) -> bytes:
     """Nats a token added on test text, by windows, a line for each share that the model wrote itself."""
-    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
-    axes = figure.subplots()
-    sizes = sorted({row["windows"] for row in rows})
-    for color, share in zip(_COLORS, sorted({row["share"] for row in rows}), strict=False):
-        found = [(size, gains) for size in sizes if (gains := _gains(rows, size, share))]
-        spreads = [stdev(gains) if len(gains) > 1 else 0.0 for _, gains in found]
-        places, means = [size for size, _ in found], [mean(gains) for _, gains in found]
-        axes.errorbar(places, means, spreads, marker="o", capsize=3, color=color, label=f"{share:.0%} self-generated")
-    axes.axhline(0.0, color="#555555", linestyle="--", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set_xlabel("calibration windows of 256 tokens")
-    axes.set_ylabel("nats a token added on test text")
-    axes.legend(frameon=False, fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
+    settings = _by_setting(rows)
+    figure = Figure(figsize=(4.8 * len(settings), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(settings), squeeze=False).flat
+    for axes, (setting, chosen) in zip(panels, settings.items(), strict=True):
+        sizes = sorted({row["windows"] for row in chosen})
+        for color, share in zip(_COLORS, sorted({row["share"] for row in chosen}), strict=False):
+            found = [(size, gains) for size in sizes if (gains := _gains(chosen, size, share))]
+            spreads = [stdev(gains) if len(gains) > 1 else 0.0 for _, gains in found]
+            places, means = [size for size, _ in found], [mean(gains) for _, gains in found]
+            axes.errorbar(
+                places, means, spreads, marker="o", capsize=3, color=color, label=f"{share:.0%} self-generated"
+            )
+        axes.axhline(0.0, color="#555555", linestyle="--", linewidth=1)
+        axes.set_title(", ".join(setting), fontsize=9)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xlabel("calibration windows of 256 tokens")
+        axes.set_ylabel("nats a token added on test text")
+        axes.legend(frameon=False, fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
     return _png(figure)
 
 
