@@ -7,10 +7,9 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SPREAD := --numprocesses auto --dist loadfile
 ENGINES := tests/test_processes.py
-OLDEST := .venv-oldest
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: quickstart test check oldest clean
+.PHONY: quickstart test check oldest newest clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py
@@ -28,13 +27,16 @@ check: $(VENV)/.dev
 	$(BIN)/python -m compileall -q atp examples tests
 	$(BIN)/python benchmarks/tables.py --check
 
-# The suite on the oldest versions that pyproject.toml allows, torch apart; what they warn of is no error. Not in CI.
-oldest: $(OLDEST)/.dev
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(SPREAD) --override-ini filterwarnings= --ignore=tests/ops/kernels \
-		--ignore=$(ENGINES)
+# The suite on the oldest and the newest versions that pyproject.toml allows, torch apart, in environments of their own.
+# What those warn of is no error. Not in CI.
+oldest: .venv-lowest-direct/.dev
+newest: .venv-highest/.dev
+oldest newest:
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q $(SPREAD) --override-ini filterwarnings= \
+		--ignore=tests/ops/kernels --ignore=$(ENGINES)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .quickstart
+	rm -rf $(VENV) .venv-lowest-direct .venv-highest .quickstart
 
 $(VENV)/.package: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -57,10 +59,9 @@ $(VENV)/.dev: $(VENV)/.package
 		echo "DeepSpeed could not be installed: what needs it will be skipped" >&2
 	touch $@
 
-$(OLDEST)/.dev: pyproject.toml constraints.txt
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch uv
-	grep '^torch==' constraints.txt > $(OLDEST)/torch.txt
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
-		--override $(OLDEST)/torch.txt --editable '.[dev]'
+.venv-%/.dev: pyproject.toml constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch uv
+	grep '^torch==' constraints.txt > $(@D)/torch.txt
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution $* --override $(@D)/torch.txt --editable '.[dev]'
 	touch $@

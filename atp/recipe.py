@@ -218,7 +218,7 @@ def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
 def _training(values: dict[str, Any]) -> dict[str, Any]:
     """The section `training`, renamed arguments by the name that this transformers has."""
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    names = {old: new for old, new in TWO_NAMES.items() if new in known} or {new: old for old, new in TWO_NAMES.items()}
+    names = TWO_NAMES if known.issuperset(TWO_NAMES.values()) else {new: old for old, new in TWO_NAMES.items()}
     section = _section(values, "training")
     for name, other in names.items():
         if name in section and other in section:
