@@ -9,13 +9,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from atp.recovery import RecoverySettings
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _TRIED = ("calibration", "held_out")
 
 METHODS = ("lr", "br", "br+gp", "br+cr", "br+gp+cr")
-USUAL_RATE = 2e-4
 
 Row = dict[str, Any]
 
@@ -58,7 +59,7 @@ def by_method(rows: list[Row]) -> list[str]:
         size = f"{row['windows']} windows, {passes}"
         kept = "" if "blocks" not in row else _kept(row)
         name = f"`{row['method']}`" + (f", {row['train']}" if row["train"] != "all" else "")
-        name += f", {row['learning_rate']:g}" if row["learning_rate"] != USUAL_RATE else ""
+        name += f", {row['learning_rate']:g}" if row["learning_rate"] != RecoverySettings.learning_rate else ""
         best = "" if row["method"] == "lora" else "yes" if row["keep_best"] else "no"
         lines.append(
             f"| {where} | {size} | {name} | {best} | {' | '.join(errors)} | {' | '.join(qualities)} | {kept} "
@@ -140,7 +141,9 @@ def blocks_plot(rows: list[Row]) -> bytes:
 
     At the usual rate; of rows of one method that with the most steps.
     """
-    settings = _by_setting(row for row in rows if "blocks" in row and row["learning_rate"] == USUAL_RATE)
+    settings = _by_setting(
+        row for row in rows if "blocks" in row and row["learning_rate"] == RecoverySettings.learning_rate
+    )
     lines = math.ceil(len(settings) / 2)
     figure = Figure(figsize=(9, 3.4 * lines), layout="constrained")
     panels = list(figure.subplots(lines, 2, squeeze=False).flat)
