@@ -43,6 +43,7 @@ methods:
   br        each block trained to give what the teacher's block gives
   br+gp     each block trained to give what the teacher's stream has there
   +cr       two blocks at a time, each trained twice
+  lr+br...  each block refitted by lr, then trained from there
 
 What is fitted to is --data (default: the recipe's training text); what decides
 whether a block, and in the end the model, is kept is --held-out (default: the
@@ -81,13 +82,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--held-out-windows", type=int, default=64, help="and of other text (default %(default)s)")
     data.add_argument("--tasks", metavar="TASK", action="append", default=[], help="scored before and after: atp eval")
     data.add_argument("--task-rows", type=int, metavar="N", help="score N rows of each task, evenly spread")
-    fit = parser.add_argument_group("fit", "Rate, epochs and batch are those of Adam: lr has none.")
+    fit = parser.add_argument_group("fit", "Rate, epochs and batch are those of Adam: lr alone has none.")
     fit.add_argument("--train", choices=TRAINS, default=defaults.train, help="of a block (default %(default)s)")
     fit.add_argument("--learning-rate", type=float, default=defaults.learning_rate, help="(default %(default)s)")
     fit.add_argument("--epochs", type=int, default=defaults.epochs, help="(default %(default)s)")
     fit.add_argument("--batch-size", type=int, default=defaults.batch_size, help="windows (default %(default)s)")
     fit.add_argument("--lora-r", type=int, default=defaults.lora_r, help="for --train lora (default %(default)s)")
-    fit.add_argument("--ridge", type=float, default=defaults.ridge, help="for lr (default %(default)s)")
+    fit.add_argument("--ridge", type=float, default=defaults.ridge, help="of lr (default %(default)s)")
     fit.add_argument("--biases", action="store_true", help="give o_proj and down_proj biases, which are fitted too")
     fit.add_argument(
         "--keep-best",

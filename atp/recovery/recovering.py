@@ -112,8 +112,7 @@ class _Recovery:
     ) -> None:
         self._settings, self._work, self._device = settings, work, device
         self._shelf = Shelf(work)
-        trained = settings.method != "lr"
-        self._rows = settings.batch_size if trained else max(LOOK // texts.held_out.shape[1], 1)
+        self._rows = settings.batch_size if settings.trains else max(LOOK // texts.held_out.shape[1], 1)
         by_text = {name: dict(enumerate(ids.split(self._rows))) for name, ids in texts.by_name().items()}
         by_rows = {len(ids): ids for batches in by_text.values() for ids in batches.values()}
         self._pair = pair(teacher, student, list(by_rows.values()), device)
@@ -194,14 +193,24 @@ class _Recovery:
     def _fit_to_calibration(self, window: _Window, was: float, error: Callable[[], float]) -> Stream | None:
         """What `_window` returns."""
         settings, way = self._settings, self._ways[CALIBRATION]
-        if settings.method == "lr":
-            return refit_writers(self._pair, window.last, way.after, settings.ridge, self._work)
+        if settings.refits:
+            passed = self._refit(window)
+            if not settings.trains:
+                return passed
+            was = error()
         if settings.propagates:
             targets = way.truths[window.last]
         else:
             targets = way.after.mapped(self._through(self._pair.teacher, *window.blocks), self._work)
         train_blocks(self._pair.student, window.blocks, way.after, targets, settings, was, error, self._device)
         return None
+
+    def _refit(self, window: _Window) -> Stream:
+        """Refit the window's last block, the others being fitted already; what `_window` returns."""
+        stream, before = self._ways[CALIBRATION].after, window.blocks[:-1]
+        if before:
+            stream = stream.mapped(self._through(self._pair.student, *before), self._work)
+        return refit_writers(self._pair, window.last, stream, self._settings.ridge, self._work)
 
     def _pass(self, index: int, passed: Stream | None) -> BlockOutcome:
         """Take all streams past a block that is finished; `passed`: the student's of calibration text, if it has."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from atp.checks import positive, positive_int, require
 
-METHODS = ("lr", "br", "br+gp", "br+cr", "br+gp+cr")
+_TRAINED = ("br", "br+gp", "br+cr", "br+gp+cr")
+METHODS = ("lr", *_TRAINED, *(f"lr+{method}" for method in _TRAINED))
 TRAINS = ("all", "lora")
 
 
@@ -19,11 +20,13 @@ class RecoverySettings:
             block by itself, in one look at the data. `"br"` trains each block towards the output of the teacher's
             block, the same input given to both, what the blocks before it make of the text. `+gp` (global propagation):
             the target is the teacher's own stream at that depth. `+cr` (cross-block): two blocks at a time,
-            {0}, {0, 1}, {1, 2} ..., so that every block but the last is trained twice.
+            {0}, {0, 1}, {1, 2} ..., so that every block but the last is trained twice. `"lr+br"` and the like: a
+            block is refitted when its turn comes, and trained from there, as in the paper, whose training starts from
+            the weights that SparseGPT has solved for.
         train: `"all"` parameters of a block, or `"lora"`: LoRA on its linear layers, merged afterwards.
         learning_rate, epochs, batch_size: of Adam, for each block; the rate falls linearly to 0.
         lora_r: rank for `train="lora"`; its alpha is twice that.
-        ridge: pull of `"lr"` towards the weights as they are, relative to what a typical input holds.
+        ridge: pull of the refit towards the weights as they are, relative to what a typical input holds.
         keep_best: a block ends as it was when its error on held-out text was least, before or after any epoch; and the
             whole model as it was before, where its perplexity there has not become better.
         seed: of the order of batches and of LoRA's first weights.
@@ -54,17 +57,32 @@ class RecoverySettings:
             require(self, name, ok, allowed)
 
     @property
+    def refits(self) -> bool:
+        """Whether writers are refitted by ridge regression."""
+        return "lr" in self._parts
+
+    @property
+    def trains(self) -> bool:
+        """Whether blocks are trained."""
+        return "br" in self._parts
+
+    @property
     def propagates(self) -> bool:
         """Whether the teacher's own stream is the target."""
-        return "gp" in self.method
+        return "gp" in self._parts
 
     @property
     def crosses(self) -> bool:
         """Whether two blocks are trained at a time."""
-        return "cr" in self.method
+        return "cr" in self._parts
 
     def in_use(self) -> dict[str, Any]:
         """Plain values of what this method looks at."""
-        unused = {"train", "learning_rate", "epochs", "batch_size", "lora_r"} if self.method == "lr" else {"ridge"}
+        unused = set() if self.trains else {"train", "learning_rate", "epochs", "batch_size", "lora_r"}
+        unused |= set() if self.refits else {"ridge"}
         unused |= set() if self.train == "lora" else {"lora_r"}
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+
+    @property
+    def _parts(self) -> list[str]:
+        return self.method.split("+")

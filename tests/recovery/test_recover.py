@@ -100,6 +100,33 @@ def test_nothing_pruned_nothing_changed(tmp_path, method, train):
     assert same(state(student), state(teacher))
 
 
+@pytest.mark.parametrize("method", ["br", "br+gp+cr"])
+def test_training_starts_from_what_lr_gives(tmp_path, method):
+    at_rest = {"learning_rate": 1e-30, "batch_size": len(TEXTS.calibration)}  # in the one batch that lr takes
+    found = {}
+    for name, changes in (("lr", {}), (f"lr+{method}", at_rest), (f"lr+{method}", {})):
+        work = tmp_path / str(len(found))
+        work.mkdir()
+        student = student_of("gemma3")
+        chosen = settings(name, keep_best=False, **changes)
+        outcome = recover(teacher_of("gemma3"), student, TEXTS, chosen, work, quiet=True)
+        found[work.name] = state(student), outcome.blocks[-1].after["calibration"].relative
+    (refitted, by_lr), (at_rest_too, _), (_, trained) = found.values()
+    assert not same(refitted, state(student_of("gemma3")))
+    assert same(at_rest_too, refitted)
+    assert trained < 0.97 * by_lr
+
+
+def test_training_that_loses_what_lr_gained_is_left_out(tmp_path):
+    found = []
+    for method in ("lr", "lr+br"):
+        (tmp_path / method).mkdir()
+        chosen = settings(method, learning_rate=0.05, batch_size=len(TEXTS.calibration))
+        outcome = recover(teacher_of("gemma3"), student_of("gemma3"), TEXTS, chosen, tmp_path / method, quiet=True)
+        found.append([block.after["held_out"].relative for block in outcome.blocks])
+    assert all(trained <= refitted for refitted, trained in zip(*found, strict=True))
+
+
 def test_gp_is_br_where_nothing_before_was_pruned(tmp_path):
     teacher, found = teacher_of("gemma3"), {}
     for method in ("br", "br+gp"):
@@ -157,7 +184,7 @@ def test_blocks_that_come_nearer_are_rolled_back_where_the_model_gets_no_better(
     assert same(state(student), before)
 
 
-@pytest.mark.parametrize("method", ["lr", "br+gp", "br+cr"])
+@pytest.mark.parametrize("method", ["lr", "br+gp", "br+cr", "lr+br+cr"])
 def test_an_interrupted_recovery_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, method):
     whole, cut = student_of("gemma3"), student_of("gemma3")
     for name in ("whole", "cut"):
@@ -224,9 +251,10 @@ def test_streams_that_cannot_be_compared_are_refused(tmp_path, space, what):
         recover(teacher_of("llama"), student_of("llama", space), TEXTS, settings(), tmp_path, quiet=True)
 
 
-def test_lr_refuses_writers_of_a_part_of_the_stream(tmp_path):
+@pytest.mark.parametrize("method", ["lr", "lr+br"])
+def test_lr_refuses_writers_of_a_part_of_the_stream(tmp_path, method):
     with pytest.raises(UnsupportedModelError, match="use 'br' or 'br\\+gp'"):
-        recover(teacher_of("llama"), student_of("llama", "disp"), TEXTS, settings("lr"), tmp_path, quiet=True)
+        recover(teacher_of("llama"), student_of("llama", "disp"), TEXTS, settings(method), tmp_path, quiet=True)
 
 
 def test_a_damaged_file_is_said(tmp_path):
@@ -243,6 +271,12 @@ def test_a_damaged_file_is_said(tmp_path):
 def test_settings_are_checked(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))}=.* is not allowed: it must be"):
         RecoverySettings(**wrong)
+
+
+def test_settings_that_a_method_looks_at():
+    adam = {"train", "learning_rate", "epochs", "batch_size"}
+    for method, own in (("lr", {"ridge"}), ("br+gp", adam), ("lr+br+gp", adam | {"ridge"})):
+        assert settings(method).in_use().keys() == {"method", "keep_best", "seed"} | own
 
 
 def test_nothing_of_the_random_streams_is_touched(tmp_path):
