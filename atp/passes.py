@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-
-_PER_CALL = {"past_key_values": None, "use_cache": False}
+from transformers import Cache
 
 Precision = Callable[[], AbstractContextManager]
 """The autocast that a pass ran in."""
@@ -87,7 +86,7 @@ def block_calls(
             if index == 0:
                 found.append(Calls(hidden, []))
                 precision = _autocast_as_now(hidden.device.type)
-            found[-1].of_block.append((args, {k: _PER_CALL.get(k, v) for k, v in kwargs.items()}))
+            found[-1].of_block.append((args, {name: _without_cache(name, value) for name, value in kwargs.items()}))
             if index == len(blocks) - 1 and not to_the_end:
                 raise EnoughError
             if index in in_tuple:
@@ -103,6 +102,12 @@ def block_calls(
             with suppress(EnoughError):
                 forward(batch)
     return found, precision
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    if name == "use_cache":
+        return False
+    return None if isinstance(value, Cache) else value
 
 
 @contextmanager

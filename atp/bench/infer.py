@@ -1,5 +1,6 @@
 """Inference of a dense model and of what an export at random decisions gives: reading a prompt, and writing tokens."""
 
+import inspect
 import tempfile
 from pathlib import Path
 
@@ -59,12 +60,14 @@ class _Decode:
     def __init__(self, model: PreTrainedModel, ids: Tensor, written: int) -> None:
         self._model, self._written = model, written
         self._cache = DynamicCache()
-        output = model(ids, past_key_values=self._cache, logits_to_keep=1)
+        named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._cached = {named: self._cache}
+        output = model(ids, logits_to_keep=1, **self._cached)
         self._first = output.logits[:, -1:].argmax(-1)
 
     @torch.no_grad()
     def __call__(self) -> None:
         token = self._first
         for _ in range(self._written):
-            token = self._model(token, past_key_values=self._cache).logits[:, -1:].argmax(-1)
+            token = self._model(token, **self._cached).logits[:, -1:].argmax(-1)
         self._cache.crop(-self._written)

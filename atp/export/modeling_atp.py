@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 try:
@@ -196,10 +196,9 @@ class LeftOut(nn.Module):
         written = hidden_states.new_zeros(hidden_states.shape)
         if self.cache_index is None:
             return written
-        for name in ("past_key_values", "layer_past"):
-            if kwargs.get(name) is not None:
-                place = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
-                kwargs[name].update(place, place, self.cache_index)
+        for cache in (value for value in kwargs.values() if isinstance(value, Cache)):
+            place = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(place, place, self.cache_index)
         return written, None
 
 
@@ -280,23 +279,13 @@ def forward(
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """A block's own `forward`; by kernels, where they can, without the hooks that gather and scatter.
 
     It has that name for pickle, which looks it up on the block.
     """
-    arguments = {
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "past_key_values": past_key_values,
-        "use_cache": use_cache,
-        "position_embeddings": position_embeddings,
-        **kwargs,
-    }
+    arguments = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
     if not _kernels_can(self, hidden_states):
         return type(self).forward(self, hidden_states, **arguments)
     attention, mlp = self.self_attn, self.mlp

@@ -89,9 +89,6 @@ def _layer_forward(_cls: type[nn.Module]) -> Callable:
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         fused = fused_masks(self)
@@ -100,9 +97,6 @@ def _layer_forward(_cls: type[nn.Module]) -> Callable:
             hidden_states=normed,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
             **kwargs,
         )
         residual, normed = _at_norm(fused, hidden_states, update, self.post_attention_layernorm, MLP_IN)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from atp.layers.swapping import restore_forward, swap_forward
 from atp.structure.space import Space
@@ -53,7 +54,7 @@ class Halves:
 
 def _attention_forward(cls: type[nn.Module]) -> Callable:
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if any(kwargs.get(name) is not None for name in ("past_key_values", "layer_past")):
+        if any(isinstance(value, Cache) for value in kwargs.values()):
             return cls.forward(self, hidden_states, *args, **kwargs)
         return _zeros(self, hidden_states), None
 

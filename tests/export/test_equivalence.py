@@ -15,10 +15,11 @@ from atp.commands.inspect import equal_scores
 from atp.errors import UnsupportedModelError
 from atp.export import export, load
 from atp.export.layout import is_plain
-from atp.layers import attach
+from atp.layers import attach, attachment_of
 from atp.structure.budget import project
-from atp.structure.building import build_space
+from atp.structure.building import WHOLE_ATTENTION, build_space
 from atp.structure.discovery import discover
+from atp.structure.live import causal_lm
 from tests import families
 from tests.export.cases import CASES, LAYER_NORMS, SPACES, exported, masked
 
@@ -73,6 +74,25 @@ def test_generation_with_a_cache_equals_generation_without(family, space):
     mask = torch.ones_like(prompt)
     cached = model.generate(prompt, attention_mask=mask, use_cache=True, **settings)
     assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **settings))
+
+
+def test_attention_that_is_gone_keeps_its_place_in_a_cache(tmp_path):
+    """The first of its kind: there transformers looks up how many tokens a cache holds."""
+    config = families.FAMILIES["gemma3"]()
+    config.layer_types = ["sliding_attention", "full_attention", "full_attention"]
+    model = families.with_lora(families.from_config(config))
+    space = build_space(discover(model), "depth")
+    gone = f"1.{WHOLE_ATTENTION}"
+    attach(model, space).set_masks({s.name: torch.full((s.size,), s.name != gone) for s in space.sets})
+    attachment_of(model).compact()
+    prompt, seen = families.tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    seen[0, :3] = 0  # padding: without any there is no mask to be of the wrong size
+    settings = {"attention_mask": seen, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    found = []
+    for each in (causal_lm(model).eval(), load(export(model, tmp_path / "pruned")).eval()):
+        found += [torch.stack(each.generate(prompt, use_cache=used, **settings).logits) for used in (True, False)]
+    assert all(families.relative_error(logits, found[1]) <= 1e-5 for logits in found)
 
 
 @some_cases
