@@ -42,8 +42,9 @@ methods:
   lr        every writer (o_proj, down_proj) by ridge regression, in one look
   br        each block trained to give what the teacher's block gives
   br+gp     each block trained to give what the teacher's stream has there
-  +cr       two blocks at a time, each trained twice
-  lr+br...  each block refitted by lr, then trained from there
+  ...+cr    two blocks at a time, each trained twice (br+cr, br+gp+cr)
+  lr+...    each block by lr first, then trained from there
+            (lr+br, lr+br+gp, lr+br+cr, lr+br+gp+cr)
 
 What is fitted to is --data (default: the recipe's training text); what decides
 whether a block, and in the end the model, is kept is --held-out (default: the
@@ -68,7 +69,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     defaults = RecoverySettings()
     parser.add_argument("run_dir", metavar="RUN", help="output folder of a finished run")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: RUN/recovered)")
-    parser.add_argument("--method", choices=METHODS, default=defaults.method, help="see below (default %(default)s)")
+    parser.add_argument(
+        "--method", metavar="METHOD", choices=METHODS, default=defaults.method, help="see below (default %(default)s)"
+    )
     parser.add_argument("--pruned", metavar="DIR", help="exported folder to recover (default: RUN/pruned)")
     parser.add_argument(
         "--teacher", metavar="MODEL", help="another run's folder, or a model (default: RUN's own base and adapter)"
