@@ -9,7 +9,7 @@ of the original's prunable parameters that is gone, and `"runs": [{"space", "spa
 of what it was given.
 
 Ragged sizes are not written as transformers' own `per_layer_config`: its modelling half (transformers#45332) is missing
-in 5.19 and 5.23, but for models written to it, none of them ours. What Llama does there: `intermediate_size` per layer
+in 5.19 to 5.24, but for models written to it, none of them ours. What Llama does there: `intermediate_size` per layer
 means what it would mean here, and is kept and saved; but then every read of `config.intermediate_size` raises, in our
 class and in other tools as in the stock class. The way out, `allow_global_per_layer_attribute_access`, is saved along,
 and with it the stock class builds full-size blocks. Head counts are refused when the config is made. `skip` is accepted
