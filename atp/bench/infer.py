@@ -60,6 +60,7 @@ class _Decode:
     def __init__(self, model: PreTrainedModel, ids: Tensor, written: int) -> None:
         self._model, self._written = model, written
         self._cache = DynamicCache()
+        # transformers 5.24 calls it by another name
         named = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._cached = {named: self._cache}
         output = model(ids, logits_to_keep=1, **self._cached)
