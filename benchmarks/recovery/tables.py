@@ -13,7 +13,8 @@ from atp.recovery import METHODS, RecoverySettings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A")
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C510A", "#F0E442", "#7F3C8D")
+_OF_METHOD = dict(zip(METHODS, _COLORS, strict=True))
 _TRIED = ("calibration", "held_out")
 
 Row = dict[str, Any]
@@ -139,9 +140,9 @@ def blocks_plot(rows: list[Row]) -> bytes:
 
     At the usual rate; of rows of one method that with the most steps.
     """
-    usual = [row for row in rows if "blocks" in row and row["learning_rate"] == RecoverySettings.learning_rate]
-    settings, tried = _by_setting(usual), {row["method"] for row in usual}
-    colors = dict(zip((method for method in METHODS if method in tried), _COLORS, strict=False))
+    settings = _by_setting(
+        row for row in rows if "blocks" in row and row["learning_rate"] == RecoverySettings.learning_rate
+    )
     lines = math.ceil(len(settings) / 2)
     figure = Figure(figsize=(9, 3.4 * lines), layout="constrained")
     panels = list(figure.subplots(lines, 2, squeeze=False).flat)
@@ -152,7 +153,7 @@ def blocks_plot(rows: list[Row]) -> bytes:
         most = {row["method"]: row for row in sorted(chosen, key=_steps)}
         _errors(axes, next(iter(most.values())), "before", "none", "#555555")
         for row in sorted(most.values(), key=lambda row: METHODS.index(row["method"])):
-            _errors(axes, row, "after", row["method"], colors[row["method"]])
+            _errors(axes, row, "after", row["method"], _OF_METHOD[row["method"]])
         axes.set_title(", ".join(setting), fontsize=9)
         axes.set_xlabel("block")
         axes.set_ylim(bottom=0)
