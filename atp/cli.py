@@ -9,6 +9,7 @@ import errno
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser(words)
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries would bury the one line
+        # peft 0.21 asks transformers by the old name: nothing that a user of a command could mend
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         arguments, overrides = parser.parse_known_args(words)
         if overrides and not getattr(arguments, "takes_overrides", False):
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)} (see atp --help)")

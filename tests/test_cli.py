@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from atp.cli import build_parser, main
@@ -193,6 +195,14 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "eval.json")]) == 0
     first, second = json.loads((tmp_path / "eval.json").read_text())["models"]
     assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
+
+
+def test_what_users_cannot_mend_is_not_printed(base, tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["inspect", str(base)]) == 0
+        get_peft_model(tiny.model(), LoraConfig(target_modules="all-linear"))
+    assert not [each for each in caught if "is_gradient_checkpointing" in str(each.message)]
 
 
 def test_measuring_the_base_model_changes_nothing(base, recipe, tmp_path):

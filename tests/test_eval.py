@@ -201,6 +201,17 @@ def test_without_data_and_tasks_it_is_sizes(models, tmp_path, capsys):
     assert "params" in capsys.readouterr().out
 
 
+def test_models_of_two_dtypes_are_told_apart(models, tmp_path, capsys):
+    tiny.model().bfloat16().save_pretrained(tmp_path / "half")
+    shutil.copy(models / "base" / "tokenizer.json", tmp_path / "half")
+    shutil.copy(models / "base" / "tokenizer_config.json", tmp_path / "half")
+    _, found = evaluated(tmp_path, models / "base", tmp_path / "half", "--no-speed")
+    assert [model["dtype"] for model in found["models"]] == ["float32", "bfloat16"]
+    assert "not like for like: base in float32, half in bfloat16; " in capsys.readouterr().out
+    evaluated(tmp_path, models / "base", tmp_path / "half", "--no-speed", "--dtype", "float32")
+    assert "not like for like" not in capsys.readouterr().out
+
+
 def test_a_second_model_does_not_begin_with_the_firsts_memory(tmp_path):
     folder = tiny.folder(tmp_path / "large")
     tiny.model(hidden_size=1024, intermediate_size=4096, num_attention_heads=8).save_pretrained(folder)

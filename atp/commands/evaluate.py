@@ -152,7 +152,7 @@ def _measure(name: str, rows: Sequence[Row], tasks: Tasks, arguments: argparse.N
     measurable = reset_peak_memory()
     model = to_best_device(load_model(name, gguf_file, arguments.dtype))
     result: dict[str, Any] = {"model": name, **model_cost(model, not arguments.no_speed)}
-    result["bytes"] = bytes_of(name, gguf_file)
+    result |= {"bytes": bytes_of(name, gguf_file), "dtype": str(model.dtype).removeprefix("torch.")}
     by_row = None
     if windows is not None:
         found, by_row = perplexity_by_row(model, windows, arguments.batch_size)

@@ -38,6 +38,9 @@ def print_costs(models: Sequence[Measured]) -> None:
             f", ms of {models[0].result['prefill']['prompt_tokens']} tokens read and of one written: median (p20-p80)"
         )
     print_table(title, columns, rows, _WIDTH)
+    if len({model.result["dtype"] for model in models}) > 1:
+        computed = ", ".join(f"{row[0]} in {model.result['dtype']}" for row, model in zip(rows, models, strict=True))
+        print(f"not like for like: {computed}; to compare speed and memory, give all one --dtype")
 
 
 def print_perplexity(title: str, models: Sequence[Measured]) -> None:
