@@ -274,7 +274,12 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     assert (run / "recipe.yaml").exists()
     assert "exists" in refused(capsys, "export", run, file, "--format", "gguf")
     assert "ends in .gguf" in refused(capsys, "export", run, tmp_path / "out", "--format", "gguf")
-    assert "--dtype is for --format gguf" in refused(capsys, "export", run, tmp_path / "out", "--dtype", "f16")
+    assert "--dtype q8_0 is for --format gguf" in refused(capsys, "export", run, tmp_path / "out", "--dtype", "q8_0")
+    adapter = ("--format", "adapter", "--dtype", "f16")
+    assert "--dtype is not for --format adapter" in refused(capsys, "export", run, tmp_path / "out", *adapter)
+    assert main(["export", str(run), str(tmp_path / "half"), "--dtype", "bf16"]) == 0
+    whole, half = (load_file(folder / "model.safetensors") for folder in (run / "pruned", tmp_path / "half"))
+    assert all(torch.equal(half[name], tensor.bfloat16()) for name, tensor in whole.items())
     assert "invalid choice: 'onnx'" in refused(capsys, "export", run, tmp_path / "out", "--format", "onnx")
     assert "no final/adapter_config.json" in refused(capsys, "export", run / "pruned", tmp_path / "out")
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +23,8 @@ from atp.models import load_tokenizer
 from atp.training.state import FOLDER
 
 FORMATS = ("hf", "gguf", "adapter")
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+_TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = (*_TORCH_DTYPES, "q8_0")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +38,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="hf: a Hugging Face folder, LoRA merged (the default); gguf: one file for llama.cpp, where RUN may be an "
         "exported folder; adapter: OUT/base and, as a PEFT adapter on it, OUT/adapter",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of a gguf's matrices; f16 where left out")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights: by default the base model's, or, of a gguf's matrices, f16; q8_0 for gguf only",
+    )
     parser.add_argument("--base", help="base model, where the run does not say or it has moved")
     parser.add_argument("--gguf-file", help="GGUF file inside --base")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT")
@@ -63,8 +69,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace, out: Path) -> None:
-    if arguments.dtype and arguments.format != "gguf":
-        raise ConfigError("--dtype is for --format gguf: other formats keep the base model's dtype: leave it out")
+    if arguments.format == "adapter" and arguments.dtype:
+        raise ConfigError("--dtype is not for --format adapter, which keeps the base model's dtype: leave it out")
+    if arguments.format == "hf" and arguments.dtype not in (None, *_TORCH_DTYPES):
+        raise ConfigError(f"--dtype {arguments.dtype} is for --format gguf: choose from {', '.join(_TORCH_DTYPES)}")
     if arguments.format == "gguf" and (out.suffix != ".gguf" or out.is_dir()):
         raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
     source = Path(arguments.run_dir).resolve()
@@ -88,10 +96,12 @@ def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str
     written = {"out": str(out), "parameters_before": before}
     if arguments.format == "gguf":
         return written | _gguf(model, out, tokenizer, about, arguments)
-    writes = export_adapter if arguments.format == "adapter" else export
-    writes(model, out, processing_class=tokenizer, overwrite=arguments.overwrite, about=about)
-    pruned = out / "base" if arguments.format == "adapter" else out
-    return written | {"parameters_after": _parameters(pruned)}
+    if arguments.format == "adapter":
+        export_adapter(model, out, processing_class=tokenizer, overwrite=arguments.overwrite, about=about)
+        return written | {"parameters_after": _parameters(out / "base")}
+    dtype = _TORCH_DTYPES.get(arguments.dtype)
+    export(model, out, processing_class=tokenizer, overwrite=arguments.overwrite, about=about, dtype=dtype)
+    return written | {"parameters_after": _parameters(out)}
 
 
 def _gguf(

@@ -31,6 +31,7 @@ def export(
     overwrite: bool = False,
     writes: bool = True,
     about: About | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Save the smaller dense model that `model` computes under its masks; `model` itself does not change.
 
@@ -46,6 +47,7 @@ def export(
         overwrite: replace `out` if it exists, once the new folder is complete.
         writes: False where another process writes, and this one brings its parts.
         about: what the folder's README.md says of the run; without, it says what `model` tells.
+        dtype: of the weights in the folder; as in `model`, where left out. Adapters are merged before they are rounded.
 
     Returns:
         The folder written.
@@ -58,7 +60,7 @@ def export(
     out = free_place(out, overwrite or not writes)
     settle(attachment.lm)
     with written_by_one(out, writes) as folder:
-        write_model(attachment.lm, attachment.space, decision, folder, processing_class)
+        write_model(attachment.lm, attachment.space, decision, folder, processing_class, dtype=dtype)
         if folder is not None:
             write_card(folder, about or About(base=attachment.lm.name_or_path))
     return out
@@ -98,12 +100,14 @@ def write_model(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     *,
     adapters: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """As `save_pretrained` of the smaller model, whose tensors are made as they are written.
 
     Args:
         folder: None where another process writes, and this one brings its parts.
         adapters: merge the active ones; without, the base as it is under them.
+        dtype: as in `export`.
     """
     shell, tensors = empty_model(lm, space, masks), CompactTensors(lm, space, masks, adapters=adapters)
     head, embedding = shell.get_output_embeddings(), shell.get_input_embeddings()
@@ -116,8 +120,9 @@ def write_model(
             f"{foreign[0]}: {type(shell).__name__} has no such tensor, so it cannot be exported"
         )
     biases = _zero_biases(shell, tensors)
-    dtypes = {name: tensors.dtype(name) for name in tensors.names} | biases
-    plan = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    own_dtypes = {name: tensors.dtype(name) for name in tensors.names} | biases
+    dtypes = {name: dtype if dtype and own.is_floating_point else own for name, own in own_dtypes.items()}
+    plan = {name: torch.empty(shapes[name], dtype=each, device="meta") for name, each in dtypes.items()}
     shell.load_state_dict(plan, strict=True, assign=True)
     shell.tie_weights()
     shell.generation_config = copy.deepcopy(lm.generation_config)
@@ -126,7 +131,7 @@ def write_model(
     own = {name for name, _ in (*shell.named_parameters(), *shell.named_buffers())}  # tied weights once
 
     def make(name: str) -> Tensor:
-        return torch.zeros(shapes[name], dtype=biases[name]) if name in biases else tensors[name]
+        return torch.zeros(shapes[name], dtype=dtypes[name]) if name in biases else tensors[name].to(dtypes[name])
 
     write_weights(folder, {name: tensor for name, tensor in plan.items() if name in own}, make)
     if processing_class is not None and folder is not None:

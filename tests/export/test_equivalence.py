@@ -150,6 +150,16 @@ def test_loading_in_bfloat16_keeps_indices_whole(space):
             assert torch.equal(buffer, half.get_buffer(name))
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_written_in_bfloat16_it_is_what_loading_in_bfloat16_gives(space, tmp_path):
+    case = exported("llama", space)
+    model = masked(families.with_lora(families.build("llama")), space)
+    written = AutoModelForCausalLM.from_pretrained(export(model, tmp_path / "half", dtype=torch.bfloat16)).eval()
+    assert written.dtype == torch.bfloat16
+    read = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.bfloat16).eval()
+    assert torch.equal(families.logits(written), families.logits(read))
+
+
 @pytest.mark.parametrize("family", LAYER_NORMS)
 def test_a_stream_under_layer_norms_is_not_cut(family):
     with pytest.raises(UnsupportedModelError, match="not an RMS norm whose place is known|cannot say another"):
