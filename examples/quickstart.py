@@ -7,7 +7,7 @@ and measures them on terms that no training row holds, and their speeds in turns
 
     make quickstart            # or, in an environment of your own: python examples/quickstart.py
 
-12 minutes on two cores. Everything lands in `.quickstart/`.
+12 to 15 minutes on two cores. Everything lands in `.quickstart/`.
 """
 
 import argparse
