@@ -197,7 +197,7 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
     assert first["nll"] == pytest.approx(second["nll"], rel=1e-6)
 
 
-def test_what_users_cannot_mend_is_not_printed(base, tmp_path):
+def test_what_users_cannot_mend_is_not_printed(base):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert main(["inspect", str(base)]) == 0

@@ -202,9 +202,8 @@ def test_without_data_and_tasks_it_is_sizes(models, tmp_path, capsys):
 
 
 def test_models_of_two_dtypes_are_told_apart(models, tmp_path, capsys):
+    shutil.copytree(models / "base", tmp_path / "half")
     tiny.model().bfloat16().save_pretrained(tmp_path / "half")
-    shutil.copy(models / "base" / "tokenizer.json", tmp_path / "half")
-    shutil.copy(models / "base" / "tokenizer_config.json", tmp_path / "half")
     _, found = evaluated(tmp_path, models / "base", tmp_path / "half", "--no-speed")
     assert [model["dtype"] for model in found["models"]] == ["float32", "bfloat16"]
     assert "not like for like: base in float32, half in bfloat16; " in capsys.readouterr().out

@@ -47,13 +47,14 @@ def export(
         overwrite: replace `out` if it exists, once the new folder is complete.
         writes: False where another process writes, and this one brings its parts.
         about: what the folder's README.md says of the run; without, it says what `model` tells.
-        dtype: of the weights in the folder; as in `model`, where left out. Adapters are merged before they are rounded.
+        dtype: of the weights in the folder, merged before they are rounded; as in `model`, where left out.
 
     Returns:
         The folder written.
 
     Raises:
         ATPError: where `model` is not attached, `masks` is not a hard decision, or `out` exists.
+        UnsupportedModelError: naming a tensor that holds values too large for `dtype`.
         CheckpointError: where writing failed; nothing is left behind, and an old `out` stays as it was.
     """
     attachment, decision = attached_decision(model, masks)
@@ -120,8 +121,9 @@ def write_model(
             f"{foreign[0]}: {type(shell).__name__} has no such tensor, so it cannot be exported"
         )
     biases = _zero_biases(shell, tensors)
-    own_dtypes = {name: tensors.dtype(name) for name in tensors.names} | biases
-    dtypes = {name: dtype if dtype and own.is_floating_point else own for name, own in own_dtypes.items()}
+    dtypes = {name: tensors.dtype(name) for name in tensors.names} | biases
+    if dtype is not None:
+        dtypes = {name: dtype if each.is_floating_point else each for name, each in dtypes.items()}
     plan = {name: torch.empty(shapes[name], dtype=each, device="meta") for name, each in dtypes.items()}
     shell.load_state_dict(plan, strict=True, assign=True)
     shell.tie_weights()
@@ -131,11 +133,20 @@ def write_model(
     own = {name for name, _ in (*shell.named_parameters(), *shell.named_buffers())}  # tied weights once
 
     def make(name: str) -> Tensor:
-        return torch.zeros(shapes[name], dtype=dtypes[name]) if name in biases else tensors[name].to(dtypes[name])
+        if name in biases:
+            return torch.zeros(shapes[name], dtype=dtypes[name])
+        return _rounded(name, tensors[name], dtypes[name])
 
     write_weights(folder, {name: tensor for name, tensor in plan.items() if name in own}, make)
     if processing_class is not None and folder is not None:
         processing_class.save_pretrained(folder)
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = tensor.to(dtype)
+    if dtype != tensor.dtype and rounded.isinf().any() and tensor.isfinite().all():
+        raise UnsupportedModelError(f"{name}: holds values too large for {dtype}: write bfloat16 or float32")
+    return rounded
 
 
 def _zero_biases(shell: PreTrainedModel, tensors: CompactTensors) -> dict[str, torch.dtype]:

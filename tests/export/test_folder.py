@@ -163,6 +163,15 @@ def test_a_tensor_that_the_class_does_not_have_is_named(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_values_too_large_for_the_dtype_are_named_and_nothing_is_left(model, tmp_path):
+    with torch.no_grad():
+        attachment_of(model).lm.get_input_embeddings().weight[0, 0] = 1e5
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens.weight: holds values too large for torch.float16: "):
+        export(model, tmp_path / "out", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    assert export(model, tmp_path / "out", dtype=torch.bfloat16).is_dir()
+
+
 def test_a_model_without_masks_is_refused(tmp_path):
     with pytest.raises(ATPError, match="no masks attached"):
         export(families.build("llama"), tmp_path / "out")
