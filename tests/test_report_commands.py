@@ -67,6 +67,18 @@ def test_report_of_a_comparison_lies_in_its_folder(tmp_path):
     assert "Quality against size and speed" in (tmp_path / "report.html").read_text()
 
 
+def test_a_baseline_by_path_beside_a_comparison_is_that_run(root, capsys):
+    comparison = root / "comparison"
+    comparison.mkdir()
+    (comparison / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    page = root / "page.json"
+    for runs in ((comparison, root / "a"), (comparison,)):
+        assert main(["report", *map(str, runs), "--baseline", str(root / "a"), "--json", str(page)]) == 0
+        named = [row["run"] for row in json.loads(page.read_text())["headline"]]
+        assert [name for name in named if name.endswith("(baseline)")] == ["a (baseline)"]
+    assert "is none of the runs" in refused(capsys, "report", root / "a", comparison, "--baseline", comparison)
+
+
 def test_report_refuses_what_is_no_run(root, capsys):
     assert "holds none of" in refused(capsys, "report", root)
     assert "there is no such folder" in refused(capsys, "report", root / "nowhere")

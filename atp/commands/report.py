@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(records) == 1 and not failed:
         report = write_record(records[0], out)
     else:
-        report = write_comparison(records, out, _name(baseline, paths, records), failed)
+        report = write_comparison(records, out, _name(baseline, records), failed)
     print_report(report)
     if arguments.json:
         write_json(arguments.json, report.as_values())
@@ -58,22 +58,15 @@ def _unless_named(baseline: str | None, paths: Sequence[Path]) -> list[Path]:
     """The baseline's folder, where it is one and not among the runs."""
     if baseline is None or not Path(baseline).exists():
         return []
-    return [] if _same(baseline, paths) is not None else [Path(baseline)]
+    return [] if any(path.resolve() == Path(baseline).resolve() for path in paths) else [Path(baseline)]
 
 
-def _same(baseline: str, paths: Sequence[Path]) -> int | None:
-    """Which of the paths it is."""
-    return next((i for i, path in enumerate(paths) if path.resolve() == Path(baseline).resolve()), None)
-
-
-def _name(baseline: str | None, paths: Sequence[Path], records: Sequence[Record]) -> str | None:
-    """The name of the run that `--baseline` means, which may be a path or a name on the page."""
+def _name(baseline: str | None, records: Sequence[Record]) -> str | None:
+    """The name of the run that `--baseline` means, which may be a path of one or a name on the page."""
     if baseline is None or not Path(baseline).exists():
         return baseline
-    index = _same(baseline, paths)
-    if index is None:
-        return records[-1].name
-    return records[index].name if len(records) == len(paths) else baseline
+    meant = [record.name for record in records if record.source and record.source.resolve() == Path(baseline).resolve()]
+    return meant[0] if len(meant) == 1 else baseline
 
 
 def _place(paths: Sequence[Path]) -> Path:

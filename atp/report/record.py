@@ -26,7 +26,7 @@ class Record:
 
     `metrics`: as `atp train` writes them, or one row of a comparison or of `atp eval`. `notes`: sentences about what is
     missing or damaged. `when`: seconds since the epoch at which it last wrote. `comparison`: the file of rows that it
-    is one of. `recovery`: what `atp recover` did to the model that came out.
+    is one of. `recovery`: what `atp recover` did to the model that came out. `source`: the path that a user named.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Record:
     when: float | None = None
     comparison: str | None = None
     recovery: Mapping[str, Any] = field(default_factory=dict)
+    source: Path | None = None
 
     @property
     def finished(self) -> bool:

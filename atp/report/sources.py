@@ -25,12 +25,10 @@ def read_sources(paths: Sequence[Path]) -> tuple[list[Record], list[Mapping[str,
     for path in paths:
         if (rows := path / ROWS if path.is_dir() else path).name.endswith(".jsonl") and rows.is_file():
             found, bad = _rows(rows)
-            records += found
             failed += bad
-        elif path.is_file():
-            records += _evaluated(path)
         else:
-            records.append(read_run(path))
+            found = _evaluated(path) if path.is_file() else [read_run(path)]
+        records += [replace(record, source=path) for record in found]
     return _named_apart(records, paths), failed
 
 
