@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from tqdm.auto import tqdm
 
 from atp.evaluation import peak_memory_mib, reset_peak_memory
 
@@ -51,17 +52,20 @@ def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1) -> lis
 
     Rounds go through the cases forwards and backwards in turn, so that none always follows the same one.
     """
-    for case in cases:
-        for _ in range(warmup_calls):
-            case.call()
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     peaks: dict[str, list[float]] = {case.name: [] for case in cases}
-    for index in range(calls):
-        for case in cases if index % 2 == 0 else reversed(cases):
-            took, peak = measured(case.call)
-            seconds[case.name].append(took)
-            if peak is not None:
-                peaks[case.name].append(peak)
+    with timing_bar(len(cases) * (warmup_calls + calls)) as bar:
+        for case in cases:
+            for _ in range(warmup_calls):
+                case.call()
+                bar.update()
+        for index in range(calls):
+            for case in cases if index % 2 == 0 else reversed(cases):
+                took, peak = measured(case.call)
+                bar.update()
+                seconds[case.name].append(took)
+                if peak is not None:
+                    peaks[case.name].append(peak)
     baseline = seconds[cases[0].name]
     return [_result(case, seconds[case.name], baseline, max(peaks[case.name], default=None)) for case in cases]
 
@@ -88,6 +92,11 @@ def measured(call: Callable[[], object]) -> tuple[float, float | None]:
     call()
     _synchronise()
     return time.perf_counter() - start, peak_memory_mib() if measurable else None
+
+
+def timing_bar(calls: int) -> tqdm:
+    """How many of `calls` have been made, shown where they take more than two seconds; updated between them."""
+    return tqdm(total=calls, desc="atp: timing", unit="call", leave=False, delay=2)
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:

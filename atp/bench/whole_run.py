@@ -15,10 +15,11 @@ from operator import itemgetter
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, default_data_collator
 
 from atp.bench.copies import attached
-from atp.bench.timing import Result, measured, percentile
+from atp.bench.timing import Result, measured, percentile, timing_bar
 from atp.bench.train_step import OptimizerStep, adapted, flops_left
 from atp.config import ATPConfig
 from atp.errors import ConfigError
@@ -80,9 +81,10 @@ def whole_run_results(
     pruned = OptimizerStep(model, batch, autocast, run.learner)
     run.learner.start()
     kinds = {}
-    for name, (begins, count) in spans.items():
-        pruned.index = begins
-        kinds[name] = _timed(_Steps(count), pruned, plain, dense, calls)
+    with timing_bar(len(spans) * (1 + 2 * calls)) as bar:
+        for name, (begins, count) in spans.items():
+            pruned.index = begins
+            kinds[name] = _timed(_Steps(count), pruned, plain, dense, calls, bar)
     run.end()
     plain.first = percentile(plain.later, 0.5)
     left = flops_left(base, run.learner.space, config.sparsity)
@@ -103,11 +105,14 @@ def _spans(schedule: Schedule, calls: int) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def _timed(kind: _Steps, pruned: OptimizerStep, plain: _Steps, dense: OptimizerStep, calls: int) -> _Steps:
+def _timed(kind: _Steps, pruned: OptimizerStep, plain: _Steps, dense: OptimizerStep, calls: int, bar: tqdm) -> _Steps:
     kind.first = kind.run(pruned)
+    bar.update()
     for _ in range(calls):
         plain.later.append(measured(dense)[0])
+        bar.update()
         kind.later.append(kind.run(pruned))
+        bar.update()
     return kind
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from atp.bench import timing
 from atp.bench.timing import Case, interleaved
@@ -60,3 +61,11 @@ def test_rounds_go_forwards_and_backwards(clock):
     cases = [Case(name, lambda name=name: (order.append(name), clock.__setitem__(0, clock[0] + 1))) for name in "abc"]
     interleaved(cases, calls=2, warmup_calls=0)
     assert "".join(order) == "abccba"
+
+
+def test_progress_counts_every_call_once(clock, monkeypatch):
+    bars = []
+    monkeypatch.setattr(timing, "tqdm", lambda **settings: bars.append(tqdm(**settings)) or bars[-1])
+    cases = [Case(name, lambda: clock.__setitem__(0, clock[0] + 1)) for name in "abc"]
+    interleaved(cases, calls=2)
+    assert [(bar.n, bar.total) for bar in bars] == [(9, 9)]

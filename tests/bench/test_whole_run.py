@@ -1,8 +1,9 @@
 """A run put together from parts. Oracle: steps whose seconds are given, summed by hand."""
 
 import pytest
+from tqdm.auto import tqdm
 
-from atp.bench import whole_run_results
+from atp.bench import timing, whole_run_results
 from atp.config import ATPConfig
 from atp.errors import ConfigError
 from atp.evaluation import flops_per_token
@@ -68,6 +69,15 @@ def test_a_run_with_fewer_steps_of_a_kind_than_are_timed_is_refused():
     config = ATPConfig(sparsity=0.5, round_to=1, freeze_at=FREEZE_AT)
     with pytest.raises(ConfigError, match="of 40 steps has 10 'before pruning', and 11 of each kind are timed: raise"):
         whole_run_results(tiny.model(), config, lora_rank=2, rows=2, length=8, steps=STEPS, calls=10)
+
+
+def test_progress_counts_every_step_once(seconds, monkeypatch):
+    _, called = seconds
+    bars = []
+    monkeypatch.setattr(timing, "tqdm", lambda **settings: bars.append(tqdm(**settings)) or bars[-1])
+    run()
+    [bar] = bars
+    assert bar.n == bar.total == len(called) - 1  # plain LoRA's first, for its memory, comes before
 
 
 def test_a_kind_without_steps_is_left_out(seconds):
