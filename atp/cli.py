@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if overrides and not getattr(arguments, "takes_overrides", False):
             raise ConfigError(f"unrecognized arguments: {' '.join(overrides)} (see atp --help)")
         for option in ("json", "csv"):
-            if (file := getattr(arguments, option, None)) and not Path(file).parent.is_dir():
-                raise ConfigError(f"--{option} {file}: its folder does not exist: make it first")
+            if file := getattr(arguments, option, None):
+                _check_place(option, Path(file))
         arguments.overrides, arguments.words = overrides, words
         return arguments.run(arguments) or 0
     except ATPError as error:
@@ -80,6 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumable = ": run the same again with --resume to go on from what it has saved"
         return _refuse(f"interrupted{resumable if hasattr(arguments, 'resume') else ''}", INTERRUPTED)
+
+
+def _check_place(option: str, file: Path) -> None:
+    """Before the work whose results `file` is to hold."""
+    if not file.parent.is_dir():
+        raise ConfigError(f"--{option} {file}: its folder does not exist: make it first")
+    if file.is_dir():
+        raise ConfigError(f"--{option} {file}: is a folder: name a file in it")
 
 
 def _refuse(reason: object, status: int = 2) -> int:

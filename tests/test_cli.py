@@ -374,6 +374,7 @@ def test_other_commands_refuse_bad_input_in_one_line(base, tmp_path, capsys):
     assert "--max-length must be" in refused(capsys, "eval", base, "--data", rows, "--max-length", 1)
     assert "final/adapter_config.json" in refused(capsys, "export", tmp_path, tmp_path / "out")
     assert "its folder does not exist" in refused(capsys, "inspect", base, "--json", tmp_path / "none" / "x.json")
+    assert "is a folder: name a file in it" in refused(capsys, "inspect", base, "--json", tmp_path)
     assert "invalid choice: 'inspekt'" in refused(capsys, "inspekt")
     assert "required" in refused(capsys)
     assert "unrecognized arguments: --verbose" in refused(capsys, "inspect", base, "--verbose")
