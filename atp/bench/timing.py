@@ -47,14 +47,17 @@ class Result:
     peak_mib: float | None
 
 
-def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1) -> list[Result]:
+def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1, quiet: bool = False) -> list[Result]:
     """Time every case `calls` times, in turn; the first one is the baseline.
 
     Rounds go through the cases forwards and backwards in turn, so that none always follows the same one.
+
+    Args:
+        quiet: no progress bar.
     """
     seconds: dict[str, list[float]] = {case.name: [] for case in cases}
     peaks: dict[str, list[float]] = {case.name: [] for case in cases}
-    with timing_bar(len(cases) * (warmup_calls + calls)) as bar:
+    with timing_bar(len(cases) * (warmup_calls + calls), quiet) as bar:
         for case in cases:
             for _ in range(warmup_calls):
                 case.call()
@@ -76,7 +79,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, calls: int = 5) -> dict[s
     source = torch.randn(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     matmul, copied = interleaved(
-        [Case("matmul", lambda: a @ b), Case("copy", lambda: target.copy_(source))], calls, warmup_calls=2
+        [Case("matmul", lambda: a @ b), Case("copy", lambda: target.copy_(source))], calls, warmup_calls=2, quiet=True
     )
     return {
         "matmul_tflops": 2 * _MATMUL**3 / matmul.median_ms / 1e9,
@@ -94,9 +97,9 @@ def measured(call: Callable[[], object]) -> tuple[float, float | None]:
     return time.perf_counter() - start, peak_memory_mib() if measurable else None
 
 
-def timing_bar(calls: int) -> tqdm:
+def timing_bar(calls: int, quiet: bool = False) -> tqdm:
     """How many of `calls` have been made, shown where they take more than two seconds; updated between them."""
-    return tqdm(total=calls, desc="atp: timing", unit="call", leave=False, delay=2)
+    return tqdm(total=calls, desc="atp: timing", unit="call", leave=False, delay=2, disable=quiet)
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:

@@ -69,3 +69,10 @@ def test_progress_counts_every_call_once(clock, monkeypatch):
     cases = [Case(name, lambda: clock.__setitem__(0, clock[0] + 1)) for name in "abc"]
     interleaved(cases, calls=2)
     assert [(bar.n, bar.total) for bar in bars] == [(9, 9)]
+
+
+def test_ceilings_are_taken_without_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(timing, "measured", lambda call: (1.0, None))
+    monkeypatch.setattr(timing, "tqdm", lambda **settings: tqdm(**settings | {"delay": 0, "mininterval": 0}))
+    timing.ceilings(torch.device("cpu"), torch.float32, calls=1)
+    assert capsys.readouterr().err == ""
