@@ -7,7 +7,8 @@ unmodified `Trainer`, an unmodified TRL `SFTTrainer`, and a `DPOTrainer` with `p
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -408,10 +409,8 @@ class ATPCallback(TrainerCallback):
         return About(causal_lm(model).name_or_path, settings={"atp": chosen(self.config)}, results=tuple(results))
 
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
-        final, adapters = Path(args.output_dir) / "final", _gathered_adapters(model)
-        with written_by_one(final, state.is_world_process_zero) as beside:
-            if beside is not None:
-                model.save_pretrained(beside, state_dict=adapters)
+        final = Path(args.output_dir) / "final"
+        with _beside_with_adapters(model, final, state.is_world_process_zero) as beside:
             self._save(beside or final, args, state, self.learner.state())
 
 
@@ -421,10 +420,18 @@ def save_adapters(model: PeftModel, folder: Path, writes: bool) -> None:
     Args:
         writes: True in one process.
     """
+    with _beside_with_adapters(model, folder, writes):
+        pass
+
+
+@contextmanager
+def _beside_with_adapters(model: PeftModel, folder: Path, writes: bool) -> Iterator[Path | None]:
+    """`written_by_one`, where adapters lie in the folder already."""
     adapters = _gathered_adapters(model)
     with written_by_one(folder, writes) as beside:
         if beside is not None:
             model.save_pretrained(beside, state_dict=adapters)
+        yield beside
 
 
 def _gathered_adapters(model: PeftModel) -> dict[str, Tensor] | None:
