@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SPREAD := --numprocesses auto --dist loadfile
 ENGINES := tests/test_processes.py
+APART := --ignore=tests/ops/kernels --ignore=tests/device --ignore=$(ENGINES)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test check oldest newest clean
@@ -15,8 +16,9 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) --ignore=tests/ops/kernels --ignore=$(ENGINES)
+	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(APART)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/ops/kernels
+	OMP_NUM_THREADS=1 ATP_SECOND_DEVICE=1 $(PYTEST) $(SPREAD) tests/device
 	OMP_NUM_THREADS=1 $(PYTEST) $(ENGINES)
 
 check: $(VENV)/.dev
@@ -32,8 +34,7 @@ check: $(VENV)/.dev
 oldest: .venv-lowest-direct/.dev
 newest: .venv-highest/.dev
 oldest newest:
-	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q $(SPREAD) --override-ini filterwarnings= \
-		--ignore=tests/ops/kernels --ignore=$(ENGINES)
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q $(SPREAD) --override-ini filterwarnings= $(APART)
 
 clean:
 	rm -rf $(VENV) .venv-lowest-direct .venv-highest .quickstart

@@ -203,7 +203,7 @@ class DecisionLearner:
         decision = self.decision(final=True)
         shares = {}
         for kind in self.space.kinds:
-            first = torch.cat([self._first[s.name] == 0 for s in self.space.sets if s.kind == kind])
+            first = torch.cat([self._first[s.name].cpu() == 0 for s in self.space.sets if s.kind == kind])
             now = torch.cat([decision[s.name].cpu() == 0 for s in self.space.sets if s.kind == kind])
             shares[kind] = (first & now).sum().item() / first.sum().item() if first.any() else 1.0
         return shares
