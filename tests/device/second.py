@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -122,17 +121,17 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        values, form = pytree.tree_flatten((args, kwargs))
+        values = list(_leaves((*args, *kwargs.values())))
         ours = [value for value in values if isinstance(value, SecondTensor)]
         asked = kwargs.get("device")
         wanted = bool(ours) if asked is None else _is_second(asked)
         if reason := _refusal(func, args, values, bool(ours), wanted):
             self._refused.append(f"{func}: {reason}, {_place()}")
-        args, kwargs = pytree.tree_unflatten([v.on_cpu if isinstance(v, SecondTensor) else v for v in values], form)
+        kwargs = {name: _mapped(_on_cpu, value) for name, value in kwargs.items()}
         if wanted and asked is not None:
             kwargs["device"] = torch.device("cpu")
         known = {id(tensor.on_cpu): tensor for tensor in ours}  # what is changed in place stays itself
-        return pytree.tree_map(_placing(known, wanted), func(*args, **kwargs))
+        return _mapped(_placing(known, wanted), func(*_mapped(_on_cpu, args), **kwargs))
 
 
 class _Filling(TorchFunctionMode):
@@ -153,12 +152,30 @@ def _is_second(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _placing(known: Mapping[int, SecondTensor], wanted: bool) -> Callable[[Any], Any]:
-    def place(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        ours = known.get(id(value))
-        return ours if ours is not None else SecondTensor(value) if wanted else value
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in nested lists and tuples; PyTorch's own way takes half of a run's time."""
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with every tensor in it changed."""
+    if isinstance(value, list | tuple):
+        return type(value)([_mapped(change, part) for part in value])
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.on_cpu if isinstance(tensor, SecondTensor) else tensor
+
+
+def _placing(known: Mapping[int, SecondTensor], wanted: bool) -> Callable[[Tensor], Tensor]:
+    def place(tensor: Tensor) -> Tensor:
+        ours = known.get(id(tensor))
+        return ours if ours is not None else SecondTensor(tensor) if wanted else tensor
 
     return place
 
