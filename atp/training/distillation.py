@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import log_softmax
 from torch.utils.hooks import RemovableHandle
 
 from atp.data import IGNORED
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
-from atp.structure.sharding import is_sharded
 from atp.training.compensation import Compensation
 
 CHUNK = 256
@@ -58,7 +58,7 @@ class Distillation:
         self._attachment, self._compensation, self._weight = attachment, compensation, weight
         self._micro_batches, self._ranks = micro_batches, ranks
         self._adapters = {name: p for name, p in attachment.lm.named_parameters() if p.requires_grad}
-        if sharded := next((n for n, p in self._adapters.items() if is_sharded(p) or not p.numel()), None):
+        if sharded := next((n for n, p in self._adapters.items() if isinstance(p, DTensor) or not p.numel()), None):
             raise UnsupportedModelError(
                 f"{sharded} is sharded over processes and cannot be exchanged: set distill to 0"
             )

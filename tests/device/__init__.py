@@ -10,7 +10,7 @@ from torch.utils import backend_registration
 _ASKED = os.environ.get("ATP_SECOND_DEVICE") == "1" and hasattr(
     backend_registration, "_setup_privateuseone_for_python_backend"
 )
-NEEDS_A_PROCESS_OF_ITS_OWN = pytest.mark.skipif(
+in_its_own_process = pytest.mark.skipif(
     not _ASKED, reason="runs under ATP_SECOND_DEVICE=1, as in `make test`, where PyTorch takes devices made in Python"
 )
 

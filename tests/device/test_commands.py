@@ -6,9 +6,9 @@ import pytest
 
 from atp.cli import main
 from tests import tiny
-from tests.device import NEEDS_A_PROCESS_OF_ITS_OWN
+from tests.device import in_its_own_process
 
-pytestmark = NEEDS_A_PROCESS_OF_ITS_OWN
+pytestmark = in_its_own_process
 
 RECIPE = """
 model: {{name_or_path: {base}}}
@@ -66,26 +66,15 @@ BENCHES = {
 }
 
 
+def bench(files, name, *options):
+    done("bench", name, "--config", files["base"], "--round-to", 1, *options)
+
+
 @pytest.mark.parametrize("space", ["width", "disp"])
-@pytest.mark.parametrize("bench", BENCHES)
-def test_bench(files, device, bench, space):
-    done("bench", bench, "--config", files["base"], "--round-to", 1, "--calls", 1, "--space", space, *BENCHES[bench])
+@pytest.mark.parametrize("name", BENCHES)
+def test_bench(files, device, name, space):
+    bench(files, name, "--calls", 1, "--space", space, *BENCHES[name])
 
 
 def test_bench_of_a_whole_run(files, device):
-    done(
-        "bench",
-        "run",
-        "--config",
-        files["base"],
-        "--round-to",
-        1,
-        "--rows",
-        2,
-        "--length",
-        8,
-        "--steps",
-        40,
-        "--calls",
-        2,
-    )
+    bench(files, "run", "--rows", 2, "--length", 8, "--steps", 40, "--calls", 2)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.device import NEEDS_A_PROCESS_OF_ITS_OWN, second
+from tests.device import in_its_own_process, second
 
-pytestmark = NEEDS_A_PROCESS_OF_ITS_OWN
+pytestmark = in_its_own_process
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from transformers import TrainerCallback
 
 from atp import load
 from tests import runs
-from tests.device import NEEDS_A_PROCESS_OF_ITS_OWN
+from tests.device import in_its_own_process
 
-pytestmark = NEEDS_A_PROCESS_OF_ITS_OWN
+pytestmark = in_its_own_process
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
