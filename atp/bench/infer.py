@@ -29,13 +29,13 @@ def infer_cases(dense: PreTrainedModel, pruned: PreTrainedModel, tokens: int, wr
     The limit of prefill is the linear layers' share of FLOPs, the head left out; that of decoding is the share of
     bytes, each weight that a token needs being read once.
     """
-    head = dense.get_output_embeddings().weight.numel()
     before, after = (flops_per_token(model) // 2 for model in (dense, pruned))
+    head_before, head_after = (model.get_output_embeddings().weight.numel() for model in (dense, pruned))
     ids = torch.randint(dense.config.get_text_config().vocab_size, (1, tokens)).to(dense.device)
     return {
         "prefill": [
             Case("dense", _Prefill(dense, ids)),
-            Case("pruned", _Prefill(pruned, ids), (after - head) / (before - head)),
+            Case("pruned", _Prefill(pruned, ids), (after - head_after) / (before - head_before)),
         ],
         "decode": [
             Case("dense", _Decode(dense, ids, written)),

@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from atp.bench import export_cases, infer_cases, pruned_copy, train_step_cases
 from atp.config import ATPConfig
-from atp.evaluation import count_parameters, flops_per_token
+from atp.evaluation import flops_per_token
 from atp.export import export, load
 from tests import runs, tiny
 
@@ -99,15 +99,17 @@ def test_export_writes_the_smaller_model_and_leaves_nothing(base, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("space", ["width", "disp", "hidden"])
 def test_inference_is_of_an_export_and_its_limits_are_shares_of_weights(base, space):
     pruned = pruned_copy(base, ATPConfig(space=space, sparsity=0.5, round_to=1))
     cases = infer_cases(base.eval(), pruned, tokens=8, written=3)
-    head = base.lm_head.weight.numel()
-    linear = sum(m.weight.numel() for m in base.modules() if isinstance(m, torch.nn.Linear)) - head
-    gone = count_parameters(base) - count_parameters(pruned)
-    assert cases["prefill"][1].limit == pytest.approx(1 - gone / linear)
-    assert cases["decode"][1].limit == pytest.approx(1 - gone / (linear + head))
+    before, after = (
+        sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) for model in (base, pruned)
+    )
+    heads = [model.lm_head.weight.numel() for model in (base, pruned)]
+    assert (heads[0] > heads[1]) == (space == "hidden")
+    assert cases["prefill"][1].limit == pytest.approx((after - heads[1]) / (before - heads[0]))
+    assert cases["decode"][1].limit == pytest.approx(after / before)
     for pair in cases.values():
         for case in pair:
             case.call()
