@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +253,9 @@ def _checked(cls: type, values: dict[str, Any], where: str, missing_allowed: boo
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Check scalars against a type hint; read `5e-4`, which YAML takes for a string, as the number it is."""
+    """Check scalars against a type hint; `5e-4`, a string to YAML, is a number where one is wanted, and `no` a word."""
+    if value is False and _allows_no(hint):
+        return "no"
     wanted = _scalar_types(hint)
     if wanted is None or type(value) in wanted:
         return value
@@ -270,6 +273,12 @@ def _scalar_types(hint: Any) -> set[type] | None:
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     plain = {typing.get_origin(part) or part for part in parts}
     return plain if plain <= {bool, int, float, str, list, dict, type(None)} else None
+
+
+def _allows_no(hint: Any) -> bool:
+    """Whether a type hint names an enumeration with the word `no`, as `save_strategy`'s does."""
+    parts = (part for part in typing.get_args(hint) if isinstance(part, type) and issubclass(part, Enum))
+    return any(member.value == "no" for part in parts for member in part)
 
 
 def _construct(cls: type, arguments: dict[str, Any], where: str) -> Any:

@@ -68,6 +68,17 @@ def test_paper_preset_and_numbers_that_yaml_takes_for_words():
     assert recipe.training["learning_rate"] == 5e-4
 
 
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_no_is_a_word_where_it_is_one_of_those_to_choose_from(name, tmp_path):
+    def recipe(*words):
+        return Recipe.from_dict(apply_overrides(MINIMAL | {"output_dir": str(tmp_path)}, words))
+
+    assert recipe(f"--training.{name}", "no").training_arguments().to_dict()[name] == "no"
+    assert recipe("--training.use_cpu", "no").training["use_cpu"] is False
+    with pytest.raises(ConfigError, match="'steps'"):
+        recipe(f"--training.{name}", "yes").training_arguments()
+
+
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
 def test_either_name_of_a_renamed_training_argument_and_not_both(name, tmp_path):
     training = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
