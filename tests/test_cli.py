@@ -126,8 +126,10 @@ def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, options):
     table, out = tmp_path / "rows.csv", tmp_path / "rows.json"
     argv = ["bench", *options, "--config", str(base), "--layers", "2", "--round-to", "1", "--calls", "2"]
     assert main([*argv, "--csv", str(table), "--json", str(out)]) == 0
-    assert "TFLOP/s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "TFLOP/s" in printed
     found = json.loads(out.read_text())["rows"]
+    assert all(f"{row['case']} " in printed for row in found)  # none folded
     with table.open() as file:
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == [row["case"] for row in found]

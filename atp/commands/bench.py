@@ -33,6 +33,8 @@ from atp.errors import ConfigError
 from atp.files import write_json, write_text
 from atp.recipe import DTYPES
 
+_WIDTH = 100
+
 _NOT_SETTINGS = ("bench", "run", "results", "calls", "csv", "json", "overrides")
 
 
@@ -134,18 +136,19 @@ def _interleaved(cases: dict[str, list[Case]], calls: int) -> dict[str, list[Res
 
 
 def _print(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    threads = machine["threads"]
     title = (
-        f"{arguments.config}, {arguments.space} {arguments.sparsity:.0%}, {arguments.dtype} on {machine['processor']}, "
-        f"{machine['threads']} threads: matmul {machine['matmul_tflops']:.3g} TFLOP/s, "
-        f"copy {machine['copy_gb_per_s']:.3g} GB/s"
+        f"{arguments.bench}: {arguments.config}, {arguments.space} {arguments.sparsity:.0%}, {arguments.dtype} "
+        f"on {machine['processor']}, {threads} {'thread' if threads == 1 else 'threads'}: "
+        f"matmul {machine['matmul_tflops']:.3g} TFLOP/s, copy {machine['copy_gb_per_s']:.3g} GB/s"
     )
+    several = len({row["bench"] for row in rows}) > 1
     print_table(
         title,
-        ("", "case", "median ms", "p20", "p80", "ratio", "limit", "peak MiB"),
+        ("", "median ms", "p20", "p80", "ratio", "limit", "peak MiB"),
         [
             (
-                row["bench"],
-                row["case"],
+                f"{row['bench']}, {row['case']}" if several else row["case"],
                 row["median_ms"],
                 row["p20_ms"],
                 row["p80_ms"],
@@ -155,6 +158,7 @@ def _print(arguments: argparse.Namespace, machine: dict[str, Any], rows: list[di
             )
             for row in rows
         ],
+        _WIDTH,
     )
 
 
