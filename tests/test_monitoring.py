@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from atp import ATPCallback
+from atp.evaluation import flops_per_token
 from atp.journal import JOURNAL
 from atp.trackers import IMAGE, heat_map
 from tests import runs, tiny
@@ -93,6 +95,17 @@ def test_the_journal_tells_what_is_kept(finished):
     left = (callback.summary()["kept_parameters"] + head) / (space.prunable_parameters + head)
     assert (logs[1]["atp/flops_share"], logs[10]["atp/flops_share"]) == (1.0, pytest.approx(left))
     assert [logs[step]["atp/budget"] for step in (1, 3, 10)] == [0.0, 0.4, 0.4]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_hidden_takes_from_embedding_head_and_norms_is_told(tied, tmp_path):
+    """Oracle: the exported model."""
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    model = get_peft_model(tiny.model(tie_word_embeddings=tied), lora)
+    watched(tmp_path, runs.config(**runs.LATE, space="hidden"), held_out=None, model=model)
+    exported, last = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned"), steps_logged(tmp_path)[10]
+    assert last["atp/parameters"] == exported.num_parameters()
+    assert last["atp/flops_share"] == pytest.approx(flops_per_token(exported) / flops_per_token(tiny.model()))
 
 
 def test_held_out_figures_are_logged_once(finished):

@@ -34,7 +34,7 @@ class Monitor:
     def __init__(self, learner: DecisionLearner, folder: Path, writes: bool, prefix: str) -> None:
         self._learner, self._writes, self._prefix = learner, writes, prefix
         self._journal = Journal(folder, writes)
-        self._parameters = _base_parameters(learner)
+        self._parameters, self._on_stream = _base_parameters(learner)
         lm: Any = learner.attachment.lm
         self._head = shape_of(lm.get_output_embeddings().weight).numel()
         self._plan = _plan(learner)
@@ -84,10 +84,11 @@ class Monitor:
         learner, space = self._learner, self._learner.space
         decision = learner.attachment.decision()
         kept, whole = space.kept_parameters(space.kept_counts(decision)).item(), space.prunable_parameters
+        stream = 1.0 if space.stream is None else decision[space.stream.set].float().mean().item()
         found = {
             "budget": 0.0 if learner.step < self._plan.start_step else learner.schedule.sparsity(learner.step),
-            "parameters": float(self._parameters - whole + kept),
-            "flops_share": (kept + self._head) / (whole + self._head),
+            "parameters": float(self._parameters - whole + kept - round((1.0 - stream) * self._on_stream)),
+            "flops_share": (kept + stream * self._head) / (whole + self._head),
         }
         if (entropy := learner.entropy()) is not None:
             found["entropy"] = entropy
@@ -172,9 +173,15 @@ def _plan(learner: DecisionLearner) -> Plan:
     )
 
 
-def _base_parameters(learner: DecisionLearner) -> int:
-    """Of the model without adapters; quantised weights do not tell how many they are, the space does."""
+def _base_parameters(learner: DecisionLearner) -> tuple[int, int]:
+    """Of the model without adapters, and how many of them `hidden` makes fewer uncounted: embedding, head and norms.
+
+    Quantised weights do not tell how many they are, the space does.
+    """
+    stream = learner.space.structure.stream
+    paths = (stream.embedding, stream.head, stream.last_norm, *stream.norms_before, *stream.norms_writing)
     counted = {id(base_layer(module).weight) for module in learner.attachment.modules.values()}
     named = learner.attachment.lm.named_parameters()
-    rest = [p for name, p in named if id(p) not in counted and "lora_" not in name]
-    return learner.space.prunable_parameters + sum(shape_of(p).numel() for p in rest)
+    rest = {name: shape_of(p).numel() for name, p in named if id(p) not in counted and "lora_" not in name}
+    on_stream = sum(size for name, size in rest.items() if name.startswith(tuple(f"{path}." for path in paths)))
+    return learner.space.prunable_parameters + sum(rest.values()), on_stream
