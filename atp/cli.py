@@ -1,7 +1,7 @@
 """The shell: `atp train | recover | export | eval | generate | inspect | plan | compare | report | history | bench`.
 
-Exit status 0 on success; 1 where a comparison has a failed run; 2 on bad input and 130 on Ctrl-C, with one line on
-standard error that says what is wrong and what to do.
+Exit status 0 on success; 1 where a comparison has a failed run or a gate of `eval` fails; 2 on bad input and 130 on
+Ctrl-C, with one line on standard error that says what is wrong and what to do.
 """
 
 import argparse
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        return _refuse(f"{error.filename or 'output'}: the disk is full: free some space, then run again with --resume")
+        again = "again with --resume" if hasattr(arguments, "resume") else "the same again"
+        return _refuse(f"{error.filename or 'output'}: the disk is full: free some space, then run {again}")
     except KeyboardInterrupt:
         resumable = ": run the same again with --resume to go on from what it has saved"
         return _refuse(f"interrupted{resumable if hasattr(arguments, 'resume') else ''}", INTERRUPTED)

@@ -227,7 +227,7 @@ def _row(record: Mapping[str, Any], where: str, prompt: str | None, completion: 
     else:
         raise DataError(
             f"{where}: needs columns `prompt` and `completion`, or `text`; found {', '.join(record) or 'none'}: "
-            "rename them or set data.prompt and data.completion"
+            "rename them, or set templates `prompt` and `completion` where there are such settings"
         )
     if not all(isinstance(part, str) for part in pair):
         raise DataError(f"{where}: `prompt`, `completion` and `text` must be strings")

@@ -100,7 +100,7 @@ def test_inspect_other_spaces(base, tmp_path, options):
         assert {g["blocks"] for g in found["groups"]} == {"0-3"}
 
 
-def test_eval_measures_every_model(base, tmp_path):
+def test_eval_measures_every_model(base, tmp_path, capsys):
     rows, out = tiny.jsonl(tmp_path / "rows.jsonl", range(6)), tmp_path / "eval.json"
     argv = ["eval", str(base), str(base), "--data", str(rows), "--max-length", "64", "--json", str(out)]
     assert main(argv) == 0
@@ -110,6 +110,7 @@ def test_eval_measures_every_model(base, tmp_path):
     assert first["perplexity"] == second["perplexity"]
     assert main([*argv, "--completion-only"]) == 0
     assert json.loads(out.read_text())["models"][0]["tokens"] < first["tokens"]
+    assert "--completion is missing: give both" in refused(capsys, *argv, "--prompt", "{prompt}")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +329,11 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run"))
 
     monkeypatch.setattr("atp.commands.train.Recipe.from_yaml", full)
-    assert "the disk is full" in refused(capsys, "train", written(recipe, tmp_path))
+    line = refused(capsys, "train", written(recipe, tmp_path))
+    assert line.endswith("the disk is full: free some space, then run again with --resume")
+    monkeypatch.setattr("atp.commands.history._runs", full)
+    line = refused(capsys, "history", str(tmp_path))
+    assert line.endswith("the disk is full: free some space, then run the same again")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _rows(arguments: argparse.Namespace) -> list[Row]:
+    if arguments.prompt is not None and arguments.completion is None:
+        raise ConfigError("--prompt is a template but --completion is missing: give both")
     if not arguments.data:
         return []
     return read_rows(arguments.data, arguments.split, arguments.prompt, arguments.completion)
