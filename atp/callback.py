@@ -65,7 +65,7 @@ class ATPCallback(TrainerCallback):
     Args:
         config: the settings; `ATPConfig()` where left out.
         calibration_dataset: rows prepared like the training set. Where left out, `config.calibration_rows` rows are
-            held out of the training set.
+            held out of the training set, at most a tenth of it.
         resume_from_checkpoint: the checkpoint folder, needed only when a path outside `output_dir` is handed to
             `Trainer.train(resume_from_checkpoint=...)`.
         held_out_dataset: rows prepared like the training set, of which a few show how the dense and the pruned model do

@@ -49,7 +49,8 @@ class ATPConfig:
             as a list, or `"disp"` (per-block residual dimensions and MLP channels).
         uniform: give every block the same widths (each still chooses which dimensions), and let whole blocks go in
             `depth`: the result is then a plain Hugging Face folder. Not in `disp`; `hidden` is plain as it is.
-        round_to: kept widths are multiples of this; `None` chooses by the model's width, see `Space`.
+        round_to: kept widths are multiples of this, KV groups apart; `None` takes 128 for widths from 8,192 on, 64 from
+            2,048 on, else 1.
 
     How decisions are learned:
         decision: `"generator"` learns them; `"criterion"` trains densely until `freeze_at` and then takes what `init`
@@ -58,7 +59,8 @@ class ATPConfig:
         shots: with `decision="criterion"`, in how many equal steps of sparsity it decides, the first before training,
             the last at `freeze_at`, each on the weights as LoRA has tuned them by then; 1 decides at `freeze_at` only.
         mode: `"joint"` takes mask gradients from the LoRA step itself; `"alternating"` spends a pass of its own over
-            calibration data every `generator_every` steps (the paper's way), each process over rows of its own.
+            calibration data (the paper's way), each process over rows of its own.
+        generator_every: in either mode the generator learns at every so many-th step; others compute only what is kept.
         init: the criterion whose on-budget decision the generator starts from, or `"ones"` for nothing pruned.
         init_ranking: `"block"` ranks groups inside each block, `"global"` over the whole model by score per parameter,
             `"standard"` over the whole model by z-score inside each block and kind; `None` takes what suits `init`
@@ -78,11 +80,12 @@ class ATPConfig:
             least-squares sense, each layer by itself, `"follow"` refits writers and the MLPs' readers block by
             block instead, so that the pruned stream follows the dense one, `"bias"` adds the mean of what is lost
             (FLAP's way), `"none"` does nothing, `"auto"` is `"follow"` where base weights are floating point
-            and `"none"` where they are quantised.
+            and `"none"` where they are quantised. Until then what the starting decision leaves stands in likewise,
+            each layer by itself.
         on_budget: project every hard decision onto the budget, not only the frozen one.
         budget_weight: lambda of the budget loss log(max(p, t)/min(p, t)).
-        budget_ramp: share of the steps before the freeze over which the budget grows from nothing to `sparsity`
-            when starting from `"ones"`.
+        budget_ramp: share of the steps from `start_at` to the freeze over which the budget grows from nothing to
+            `sparsity` when starting from `"ones"`.
 
     The generator:
         generator_lr, generator_hidden_size, generator_layers, generator_heads: its optimizer and Transformer encoder.
@@ -99,7 +102,7 @@ class ATPConfig:
         lasso: strength of the group lasso on LoRA weights of pruned groups when it is fully grown; 0 turns it off.
 
     Calibration:
-        calibration_rows: rows held out of the training set when no calibration set is given.
+        calibration_rows: rows held out of the training set, at most a tenth of it, when no calibration set is given.
         refit_rows: rows that the final refit looks at: the calibration rows and, up to this number, training rows. Its
             targets are the dense model's own outputs, so that no row need be held out for it. Each costs a few forward
             passes, once.

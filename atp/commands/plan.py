@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpus", type=int, default=1, help="over which data and, by the engine, weights are shared out"
     )
-    parser.add_argument("--engine", choices=ENGINES, default="ddp", help="see configs/accelerate/")
+    parser.add_argument("--engine", choices=ENGINES, default="ddp", help="see configs/accelerate/; no plan for hsdp")
     parser.add_argument("--rows", type=int, default=1, help="rows of a forward pass on one GPU (default 1)")
     parser.add_argument("--length", type=int, default=2048, help="tokens a row (default 2048)")
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="bfloat16")
