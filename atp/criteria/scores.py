@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
 from atp.criteria.surgeon import removal_costs, square_root
 from atp.processes import counted, dealt, summed
-from atp.structure.live import base_layer, dequantised_weight
+from atp.structure.live import effective_weight
 from atp.structure.sharding import gathered
 from atp.structure.space import PrunableLinear, Space
 
@@ -154,6 +154,5 @@ def _summed(space: Space, weigh: Callable[[str], Tensor]) -> dict[str, Tensor]:
 
 
 def _weight(module: nn.Module) -> Tensor:
-    base = base_layer(module)
-    with gathered(base):
-        return dequantised_weight(base).float().cpu()
+    with gathered(module):
+        return effective_weight(module).cpu()

@@ -28,7 +28,7 @@ from atp.export.card import About, write_adapter_card, write_card
 from atp.export.compaction import CompactTensors
 from atp.export.folder import attached_decision, free_place, write_model
 from atp.files import written_by_one
-from atp.structure.live import adapter_delta, base_layer, dequantised_weight
+from atp.structure.live import effective_weight
 from atp.structure.sharding import gathered, settle, whole
 from atp.weights import write_weights
 
@@ -156,8 +156,7 @@ def _cut(key: str, tensor: Tensor, model: Any, compact: CompactTensors) -> Tenso
 def _shortened(layer: nn.Module, cols: Tensor) -> Tensor:
     """For every row of W + sBA the share of its length that is left with `cols` only, `(out_features,)`."""
     with gathered(layer):
-        base = base_layer(layer)
-        weight = (dequantised_weight(base).float() + adapter_delta(layer)).cpu()
+        weight = effective_weight(layer).cpu()
     return weight[:, cols].norm(dim=1) / weight.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 

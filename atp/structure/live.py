@@ -40,6 +40,11 @@ def adapter_delta(module: Any) -> Tensor | float:
     return sum((module.get_delta_weight(name).detach().float() for name in active_adapters(module)), 0.0)
 
 
+def effective_weight(module: nn.Module) -> Tensor:
+    """What a layer multiplies by, active adapters included: `(out_features, in_features)`, float32."""
+    return dequantised_weight(base_layer(module)).float() + adapter_delta(module)
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer's weight is stored packed or as integers."""
     if not isinstance(module, nn.Linear):

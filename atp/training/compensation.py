@@ -21,7 +21,7 @@ from atp.criteria.surgeon import refitted_base
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
 from atp.structure.discovery import Block
-from atp.structure.live import adapter_delta, base_layer, dequantised_weight, is_quantised
+from atp.structure.live import base_layer, effective_weight, is_quantised
 from atp.structure.sharding import held, is_sharded, part, put, settle, shards_of, whole
 from atp.structure.space import PrunableLinear
 from atp.training.propagation import follow
@@ -186,8 +186,7 @@ class Compensation:
         """The bias with the mean of what the `lost` inputs contributed."""
         module = self._attachment.modules[path]
         layer = base_layer(module)
-        weight = (dequantised_weight(layer).float() + adapter_delta(module)).cpu()
-        moved = weight[:, lost] @ mean[lost]
+        moved = effective_weight(module).cpu()[:, lost] @ mean[lost]
         return moved if layer.bias is None else layer.bias.cpu() + moved.to(layer.bias.dtype)
 
     @contextmanager
