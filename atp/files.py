@@ -11,7 +11,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from atp.errors import ATPError, CheckpointError, in_one_line
+from atp.errors import ATPError, CheckpointError, ConfigError, in_one_line
+
+
+def keep_apart(out: Path, *read: Path) -> None:
+    """Refuse an `out` that is, or holds, something that is read: it would be replaced.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for source in read:
+        if source.exists() and source.resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{out} is or holds {source}, which would be replaced: choose another name")
 
 
 @contextmanager

@@ -207,3 +207,10 @@ def test_a_script_without_the_command_gets_its_page(tmp_path):
     runs.trainer(tmp_path, callback).train()
     assert json.loads((tmp_path / "metrics.json").read_text())["pruning"]["sparsity_asked"] == 0.4
     assert "<html" in (tmp_path / "report.html").read_text()
+
+
+def test_copies_that_peft_trains_whole_are_no_parameters_of_the_model(tmp_path):
+    run = watched(tmp_path, held_out=None, model=runs.peft_model(modules_to_save=["lm_head"]))
+    ((_, plan),) = journal(tmp_path, "run")
+    assert plan["parameters"] == sum(p.numel() for p in tiny.model().parameters())
+    assert runs.callback_of(run).learner.frozen

@@ -173,7 +173,9 @@ def test_bad_input(finished, tmp_path, capsys):
     assert "no exported model here: give --pruned" in says(finished, *out, "--pruned", tmp_path)
     assert "epochs=0 is not allowed" in says(finished, *out, "--epochs", 0)
     assert "--windows 0 is not allowed" in says(finished, *out, "--windows", 0)
-    assert "is the model that is to be recovered" in says(finished, "--out", finished / "pruned", "--overwrite")
+    for place in (finished / "pruned", finished / "final", finished, finished.parent):
+        assert "which would be replaced" in says(finished, "--out", place, "--overwrite")
+    assert "no exported model here" in says(finished, *out, "--pruned", finished / "checkpoint-2")
     assert "exists: give --overwrite" in says(finished, "--out", finished / "pruned")
     train, held_out = (finished.parent / f"{name}.jsonl" for name in ("train", "validation"))
     assert "are in both the calibration and the held-out set" in says(finished, *out, "--held-out", train, *SMALL)

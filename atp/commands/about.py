@@ -15,13 +15,17 @@ _BESIDE = ("report_to", "disable_tqdm", "save_", "logging_", "eval_", "dataloade
 """Settings of a Trainer that do not change what comes out."""
 
 
-def about_run(run_dir: Path, base: ModelSettings) -> About:
-    """What is known of the run in `run_dir`, which `atp train` or a Trainer with our callback left, on `base`."""
-    recipe_file = run_dir / "recipe.yaml"
+def about_run(adapter: Path, base: ModelSettings) -> About:
+    """What is known of the run whose `final/` or checkpoint is `adapter`, on `base`.
+
+    `atp train` or a Trainer with our callback left it. Results are of `final/`.
+    """
+    recipe_file = adapter.parent / "recipe.yaml"
     if not recipe_file.is_file():
-        return About(base.name_or_path, base.gguf_file, settings=_of_state(run_dir / "final" / "atp" / "state.json"))
+        return About(base.name_or_path, base.gguf_file, settings=_of_state(adapter / "atp" / "state.json"))
     recipe = Recipe.from_yaml(recipe_file)
-    return about_recipe(dataclasses.replace(recipe, model=base), _read(run_dir / "metrics.json"))
+    metrics = _read(adapter.parent / "metrics.json") if adapter.name == "final" else {}
+    return about_recipe(dataclasses.replace(recipe, model=base), metrics)
 
 
 def about_recipe(recipe: Recipe, metrics: Mapping[str, Any]) -> About:

@@ -17,9 +17,10 @@ from atp.errors import ATPError, CheckpointError, ConfigError
 from atp.evaluation import count_parameters, folder_bytes
 from atp.export import export, export_adapter
 from atp.export.card import About
-from atp.files import write_json
+from atp.files import keep_apart, write_json
 from atp.loading import adapter_folder, base_of, load
 from atp.models import load_tokenizer
+from atp.structure.live import is_adapters
 from atp.training.state import FOLDER
 
 FORMATS = ("hf", "gguf", "adapter")
@@ -75,9 +76,7 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
         raise ConfigError(f"--dtype {arguments.dtype} is for --format gguf: choose from {', '.join(_TORCH_DTYPES)}")
     if arguments.format == "gguf" and (out.suffix != ".gguf" or out.is_dir()):
         raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
-    source = Path(arguments.run_dir).resolve()
-    if source.is_relative_to(out.resolve()):
-        raise ConfigError(f"{out} holds {arguments.run_dir}, which would be replaced: choose another name")
+    keep_apart(out, Path(arguments.run_dir))
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: choose another name or give --overwrite")
 
@@ -89,10 +88,11 @@ def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str
             "pruned already, and atp.load(...).merge_and_unload() merges it"
         )
     base = base_of(adapter, arguments.base, arguments.gguf_file)
+    keep_apart(out, adapter, Path(base.name_or_path))
     tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
     model = load(adapter, base=arguments.base, gguf_file=arguments.gguf_file)
     before = count_parameters(model.get_base_model()) - _adapter_parameters(model)
-    about = about_run(adapter.parent, base)
+    about = about_run(adapter, base)
     written = {"out": str(out), "parameters_before": before}
     if arguments.format == "gguf":
         return written | _gguf(model, out, tokenizer, about, arguments)
@@ -130,4 +130,4 @@ def _parameters(folder: Path) -> int:
 
 
 def _adapter_parameters(model: PeftModel) -> int:
-    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    return sum(p.numel() for name, p in model.named_parameters() if is_adapters(name))

@@ -6,6 +6,7 @@ with `--resume`, after the last block it finished.
 
 import argparse
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from atp.evaluation import peak_memory_mib, reset_peak_memory
 from atp.export import load as load_exported
 from atp.export.card import Result
 from atp.export.reweighting import add_writer_biases, write_reweighted
-from atp.files import write_json, written_beside
+from atp.files import keep_apart, write_json, written_beside
 from atp.loading import adapter_folder, adapter_of_run, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES, ModelSettings, Recipe
@@ -157,20 +158,26 @@ def _job(arguments: argparse.Namespace) -> _Job:
     folder = Path(arguments.run_dir)
     adapter = adapter_of_run(folder)
     pruned = Path(arguments.pruned or folder / "pruned")
-    if not (pruned / "config.json").is_file():
+    if not _is_exported(pruned):
         raise CheckpointError(
             f"{pruned}: no exported model here: give --pruned, or write one with: atp export {folder} {pruned}"
         )
     out = Path(arguments.out or folder / RECOVERY.parent)
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: give --overwrite, or another --out")
-    if pruned.resolve() == out.resolve():
-        raise ConfigError(f"--out {out} is the model that is to be recovered: give another folder")
     if arguments.task_rows is not None and arguments.task_rows < 1:
         raise ConfigError("--task-rows must be an integer >= 1")
     recipe = folder / "recipe.yaml"
     base = base_of(adapter, arguments.base, arguments.gguf_file)
+    keep_apart(out, folder, adapter, pruned, Path(base.name_or_path), Path(arguments.teacher or folder))
     return _Job(folder, base, pruned, out, Recipe.from_yaml(recipe) if recipe.is_file() else None)
+
+
+def _is_exported(folder: Path) -> bool:
+    try:
+        return "atp" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, PreTrainedModel]:

@@ -35,6 +35,11 @@ def active_adapters(module: nn.Module) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
+def is_adapters(name: str) -> bool:
+    """Whether a parameter of that name is LoRA's, or PEFT's copy of one that is trained whole."""
+    return any(part in name for part in ("lora_", ".modules_to_save.", ".token_adapter."))
+
+
 def adapter_delta(module: Any) -> Tensor | float:
     """What a LoRA layer's active adapters add to its weight, `(out_features, in_features)`, float32; else 0."""
     return sum((module.get_delta_weight(name).detach().float() for name in active_adapters(module)), 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from atp.structure.live import base_layer
+from atp.structure.live import base_layer, is_adapters
 from atp.structure.sharding import is_sharded, shape_of
 from atp.training.alerts import Alert, Plan, Seen, alerts
 from atp.training.held_out import HeldOut
@@ -170,6 +170,7 @@ def _plan(learner: DecisionLearner) -> Plan:
         blocks={kind: [s.block for s in sets] for kind, sets in members.items()},
         learned=config.decision != "criterion",
         uniform=config.uniform,
+        on_budget=config.on_budget,
     )
 
 
@@ -182,6 +183,6 @@ def _base_parameters(learner: DecisionLearner) -> tuple[int, int]:
     paths = (stream.embedding, stream.head, stream.last_norm, *stream.norms_before, *stream.norms_writing)
     counted = {id(base_layer(module).weight) for module in learner.attachment.modules.values()}
     named = learner.attachment.lm.named_parameters()
-    rest = {name: shape_of(p).numel() for name, p in named if id(p) not in counted and "lora_" not in name}
+    rest = {name: shape_of(p).numel() for name, p in named if id(p) not in counted and not is_adapters(name)}
     on_stream = sum(size for name, size in rest.items() if name.startswith(tuple(f"{path}." for path in paths)))
     return learner.space.prunable_parameters + sum(rest.values()), on_stream
