@@ -171,6 +171,9 @@ class Recipe:
         `use_cpu` follows the machine unless it is set, so that one recipe with `bf16: true` runs on either.
         """
         defaults = {"output_dir": self.output_dir, "use_cpu": not torch.accelerator.is_available()}
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+            if (size := self.training.get(name, 1)) < 1:
+                raise ConfigError(f"training: {name}={size} is not allowed: it must be an integer >= 1")
         return _construct(TrainingArguments, defaults | self.training, "training")
 
 

@@ -272,8 +272,12 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine").write_bytes(b"mine")
     assert main(["export", str(run), str(tmp_path / "mine"), "--overwrite"]) == 0
     assert not list(tmp_path.glob(".*.old"))
-    for out in (run, run / "final", tmp_path):
-        assert "which would be replaced" in refused(capsys, "export", run / "final", out, "--overwrite")
+    for source, out in ((run / "final", run), (run / "final", run / "final"), (run, run / "final"), (run, tmp_path)):
+        assert "which would be replaced" in refused(capsys, "export", source, out, "--overwrite")
+    shutil.copytree(run / "final", run / "checkpoint-9")
+    assert main(["export", str(run / "checkpoint-9"), str(tmp_path / "earlier")]) == 0
+    cards = [(folder / "README.md").read_text() for folder in (run / "pruned", tmp_path / "earlier")]
+    assert ["perplexity" in card for card in cards] == [True, False], "results are those of the run's end"
     assert (run / "recipe.yaml").exists()
     assert "exists" in refused(capsys, "export", run, file, "--format", "gguf")
     assert "ends in .gguf" in refused(capsys, "export", run, tmp_path / "out", "--format", "gguf")
@@ -287,14 +291,23 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     assert "no final/adapter_config.json" in refused(capsys, "export", run / "pruned", tmp_path / "out")
 
 
+def test_a_run_that_is_refused_to_go_on_keeps_its_recipe(recipe, tmp_path):
+    path, kept = written(recipe, tmp_path), tmp_path / "run" / "recipe.yaml"
+    assert main(["train", path]) == 0
+    before = kept.read_text()
+    assert main(["train", path, "--resume", "--atp.sparsity", "0.3"]) == 2
+    assert kept.read_text() == before
+
+
 def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
     run = tmp_path / "run"
-    (run / "checkpoint-99").mkdir(parents=True)
+    for name in ("checkpoint-99", "recovered", ".recovered.unfinished"):
+        (run / name).mkdir(parents=True)
     (run / "metrics.json").write_text("{}")
     (run / "mine.txt").write_text("kept")
     recipe["training"]["max_steps"] = 2
     assert main(["train", written(recipe, tmp_path), "--overwrite"]) == 0
-    assert not (run / "checkpoint-99").exists()
+    assert not any((run / name).exists() for name in ("checkpoint-99", "recovered", ".recovered.unfinished"))
     assert (run / "mine.txt").read_text() == "kept"
     assert "training" in json.loads((run / "metrics.json").read_text())
 
@@ -349,6 +362,7 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, capsys, monkeypatch):
         (["--training.max_steps", "many"], "training: max_steps='many' is of the wrong type: it must be int"),
         (["--training.learning_rate", "fast"], "learning_rate='fast' is of the wrong type"),
         (["--training.eval_strategy", "sometimes"], "training: "),
+        (["--training.per_device_train_batch_size", "0"], "per_device_train_batch_size=0 is not allowed"),
         (["--training.output_dir", "x"], "output_dir is set at the top"),
         (["--model.dtype", "int8"], "dtype='int8' is not allowed"),
         (["--model.name_or_path", "./nowhere"], "./nowhere: no such folder"),
@@ -361,6 +375,22 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, capsys, monkeypatch):
 )
 def test_train_refuses_bad_settings_in_one_line(recipe, tmp_path, capsys, overrides, message):
     assert message in refused(capsys, "train", written(recipe, tmp_path), *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--training.eval_strategy", "steps", "--data.validation", "null"], "training: "),
+        (["--training.report_to", "nobody"], "training: "),
+        (["--lora.r", "0"], "lora: "),
+        (["--lora.target_modules", "[nowhere]"], "lora: "),
+    ],
+)
+def test_what_peft_and_the_trainer_refuse_is_one_line(recipe, tmp_path, capsys, overrides, message):
+    """After the model's weights have been loaded."""
+    assert main(["train", written(recipe, tmp_path), *overrides]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"atp: {message}")
     assert not (tmp_path / "run").exists()
 
 

@@ -28,7 +28,7 @@ from atp.commands.models import computes_in_bf16
 from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
-from atp.errors import CheckpointError, ConfigError
+from atp.errors import ATPError, CheckpointError, ConfigError, in_one_line
 from atp.files import write_json, write_text
 from atp.journal import JOURNAL
 from atp.models import load_tokenizer
@@ -39,7 +39,7 @@ from atp.training.state import set_aside_unfinished
 logger = logging.getLogger(__name__)
 
 _RUN_FILES = (
-    *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned"),
+    *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned", "recovered", ".recovered.unfinished"),
     *("metrics.json", "recipe.yaml", "report.html", JOURNAL),
 )
 
@@ -71,9 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     base = base_model(recipe)
     measured = base_results(recipe, base, tokenizer, data) if recipe.measure_base and training.world_size == 1 else None
     set_seed(training.seed)  # the adapter's first weights are the seed's too
-    model = get_peft_model(base, lora)
-    if first:
-        _prepare(Path(recipe.output_dir), recipe, arguments.overwrite)
+    with _refused("lora", ValueError, TypeError):
+        model = get_peft_model(base, lora)
     memory = PeakMemoryCallback()
     watched = data.validation if recipe.measure_base else None
     pruning = (
@@ -81,19 +80,26 @@ def run(arguments: argparse.Namespace) -> None:
         if recipe.atp
         else JournalCallback()
     )
-    trainer = Trainer(
-        model=model,
-        args=training,
-        train_dataset=data.train,
-        eval_dataset=data.validation,
-        data_collator=collator(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[memory, pruning],
-    )
+    with _refused("training", ValueError):
+        trainer = Trainer(
+            model=model,
+            args=training,
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=collator(tokenizer),
+            processing_class=tokenizer,
+            callbacks=[memory, pruning],
+        )
+    if first:
+        _prepare(Path(recipe.output_dir), arguments.overwrite)
+        if checkpoint is None:
+            _write_recipe(recipe)
     outcome = trainer.train(resume_from_checkpoint=checkpoint)
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     if not recipe.atp:
         save_adapters(tuned, Path(recipe.output_dir) / "final", first)
+    if first:
+        _write_recipe(recipe)  # of a run that goes on not before it has been found to be the same
     unset_hf_deepspeed_config()  # what is loaded from now on is the first process's alone, not in ZeRO-3's parts
     if first:
         results = {
@@ -148,12 +154,26 @@ def _intact(checkpoint: Path) -> str:
     return str(checkpoint)
 
 
-def _prepare(output_dir: Path, recipe: Recipe, overwrite: bool) -> None:
+def _prepare(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for pattern in _RUN_FILES if overwrite else ():
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_text(output_dir / "recipe.yaml", recipe.to_yaml())
+
+
+def _write_recipe(recipe: Recipe) -> None:
+    write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.to_yaml())
+
+
+@contextmanager
+def _refused(section: str, *errors: type[Exception]) -> Iterator[None]:
+    """What PEFT or the Trainer refuse of a section of the recipe is one line."""
+    try:
+        yield
+    except ATPError:
+        raise
+    except errors as error:
+        raise ConfigError(f"{section}: {in_one_line(error)}") from error
 
 
 @contextmanager
