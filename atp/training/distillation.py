@@ -69,6 +69,8 @@ class Distillation:
         self._divergences: list[float] = []
         self._loss_scale = 1.0
         lm: Any = attachment.lm
+        of_head = {id(p) for p in lm.get_output_embeddings().parameters()}
+        self._of_head = {name: p for name, p in self._adapters.items() if id(p) in of_head}
         self._hooks: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._see_labels, with_kwargs=True),
             lm.base_model.register_forward_pre_hook(self._teach, with_kwargs=True),
@@ -132,7 +134,7 @@ class Distillation:
             hidden = backbone(*args, **(kwargs | {"use_cache": False})).last_hidden_state
         learned = _learned_positions(hidden, self._learned["labels"], self._learned["attention_mask"])
         items = self._learned["num_items_in_batch"]
-        count = learned.sum().clamp_min(1) * self._micro_batches if items is None else items / self._ranks
+        count = learned.sum().clamp_min(1) * self._micro_batches if items is None else items / self._ranks or 1
         self._lesson = _Lesson(hidden, learned, self._weight * self._loss_scale / float(count))
 
     @torch.compiler.disable
@@ -156,17 +158,24 @@ class Distillation:
 
     @contextmanager
     def _as_teacher(self, backbone: nn.Module) -> Iterator[None]:
-        student = {name: p.data for name, p in self._adapters.items()}
         backbone.eval()
         try:
-            with self.paused(), self._attachment.lifted(), self._compensation.undone():
-                for name, p in self._adapters.items():
-                    p.data = self._teacher[name]
+            with self.paused(), self._attachment.lifted(), self._compensation.undone(), self._exchanged(self._adapters):
                 yield
         finally:
-            for name, p in self._adapters.items():
-                p.data = student[name]
             backbone.train()
+
+    @contextmanager
+    def _exchanged(self, adapters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Within it, `adapters` hold what the teacher's hold."""
+        student = {name: p.data for name, p in adapters.items()}
+        try:
+            for name, p in adapters.items():
+                p.data = self._teacher[name]
+            yield
+        finally:
+            for name, p in adapters.items():
+                p.data = student[name]
 
     def _pull(self, lesson: "_Lesson", x: Tensor, to_logits: Callable[[Tensor], Tensor]) -> Tensor:
         """The gradient of the distillation loss with respect to `x`, `(rows, tokens, features)`."""
@@ -174,12 +183,13 @@ class Distillation:
         rows, features = torch.nonzero(lesson.learned.flatten()).flatten(), x.shape[-1]
         flat, hidden = x.reshape(-1, features), lesson.hidden.flatten(0, -2)
         for chosen in rows.split(CHUNK):
+            with self.paused(), torch.no_grad(), self._exchanged(self._of_head):
+                p = log_softmax(self._logits(hidden[chosen]).float(), -1)
             with self.paused(), torch.enable_grad():
                 own = flat[chosen].detach().requires_grad_()
                 logits = to_logits(own)
             with self.paused(), torch.no_grad():
-                p, q = (log_softmax(z.float(), -1) for z in (self._logits(hidden[chosen]), logits))
-                likely = p.exp()
+                q, likely = log_softmax(logits.float(), -1), p.exp()
                 total += torch.dot(likely.flatten(), p.sub_(q).flatten()).item()
                 slope = q.exp_().sub_(likely).mul_(lesson.scale).to(logits.dtype)
             gradient.view(-1, features)[chosen] = torch.autograd.grad(logits, own, slope)[0]

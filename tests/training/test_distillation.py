@@ -20,9 +20,9 @@ LABELS[0, :5] = -100
 LABELS[1] = -100
 
 
-def student(family: str = "llama", how: str = "follow", compact: bool = True, **changes: object) -> tuple:
+def student(family: str = "llama", how: str = "follow", compact: bool = True, **lora: object) -> tuple:
     """A model under a final decision, its adapters moved on since pruning began, and its distillation at weight 0.7."""
-    model = families.with_lora(families.build(family, **changes)).train()
+    model = families.with_lora(families.build(family), **lora).train()
     attachment = attach(model, build_space(discover(model), "width"))
     decision = random_masks(attachment.space, 0.3)
     compensation = Compensation(how, attachment, lambda ids: model(input_ids=ids), [IDS])
@@ -75,6 +75,26 @@ def test_gradient_is_that_of_task_and_divergence_from_the_model_before_pruning(f
     wanted = gradients(model)
     assert runs.worst(found, wanted) < 1e-4
     assert wanted_kl > 1e-3
+
+
+@pytest.mark.parametrize("lora", [{"target_modules": ["down_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_head_that_is_tuned_is_the_teachers_as_it_was(lora: dict[str, object]) -> None:
+    model, made = student(compact=False, **lora)
+    output = model(input_ids=IDS, labels=LABELS)
+    output.loss.backward()
+    dense = families.with_lora(families.build("llama"), **lora).eval()
+    with torch.no_grad():
+        wanted = divergence(dense(input_ids=IDS).logits, output.logits)
+    assert made.metrics() == {"teacher_kl": pytest.approx(wanted.item(), rel=1e-4)}
+    assert wanted > 1e-3
+
+
+def test_where_no_label_counts_nothing_is_taught() -> None:
+    model, made = student()
+    nothing = torch.full_like(IDS, -100)
+    model(input_ids=IDS, labels=nothing, num_items_in_batch=torch.tensor(0)).logits.sum().mul(0.0).backward()
+    assert made.metrics() == {"teacher_kl": 0.0}
+    assert all(g.norm() == 0 for g in gradients(model).values())
 
 
 def test_without_logits_the_same_gradient_comes_from_the_last_hidden_states() -> None:
