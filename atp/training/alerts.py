@@ -54,6 +54,7 @@ class Plan:
         sizes: groups of every set, by kind; `blocks`: the block of each, or None.
         learned: whether a generator decides, and not a formula.
         uniform: whether all blocks must be alike.
+        on_budget: whether every decision is on budget, which with few large groups may not be just what is asked.
     """
 
     start_step: int
@@ -63,11 +64,16 @@ class Plan:
     blocks: Mapping[str, Sequence[int | None]]
     learned: bool = True
     uniform: bool = False
+    on_budget: bool = False
 
     def is_near_freeze(self, step: int) -> bool:
         """Whether the last part of the learning steps has begun, and the freeze has not."""
         steps = self.freeze_step - self.start_step
         return self.learned and self.start_step + NEAR * steps <= step < self.freeze_step
+
+    def phase_begins(self, step: int) -> int:
+        """After how many steps the model began to be what it is after `step`: dense, being pruned, or final."""
+        return max(begin for begin in (-1, self.start_step, self.freeze_step) if begin < step)
 
 
 def alerts(plan: Plan, seen: Sequence[Seen]) -> list[Alert]:
@@ -95,7 +101,9 @@ def off_budget(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
     """Shortly before the freeze the decision is far from what is asked, and will be cut to it at once."""
     last = seen[-1]
     reached = last.figures.get("sparsity")
-    if reached is None or not plan.is_near_freeze(last.step) or abs(reached - plan.sparsity) <= OFF_BUDGET:
+    if plan.on_budget or reached is None or not plan.is_near_freeze(last.step):
+        return None
+    if abs(reached - plan.sparsity) <= OFF_BUDGET:
         return None
     return Alert(
         "budget",
@@ -145,10 +153,11 @@ def emptied(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
     )
 
 
-def diverging(_plan: Plan, seen: Sequence[Seen]) -> Alert | None:
-    """Held-out loss rises while training loss falls."""
+def diverging(plan: Plan, seen: Sequence[Seen]) -> Alert | None:
+    """Held-out loss rises while training loss falls, with no change in whether and how the model is pruned."""
     if "eval_loss" not in seen[-1].figures:
         return None
+    seen = [one for one in seen if one.step > plan.phase_begins(seen[-1].step)]
     losses = [(s.figures.get("eval_loss"), s.step) for s in seen]
     held_out = [(value, step) for value, step in losses if value is not None and math.isfinite(value)]
     if len(held_out) <= EVALUATIONS:

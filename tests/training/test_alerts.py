@@ -25,9 +25,10 @@ def evaluated(step, eval_loss, loss):
     return [Seen(step, {"eval_loss": eval_loss}), seen(step + 1, loss=loss)]
 
 
-def history(eval_losses, losses):
+def history(eval_losses, losses, first=0):
+    steps = range(first, first + 10 * len(losses), 10)
     entries = [
-        entry for i, both in enumerate(zip(eval_losses, losses, strict=True)) for entry in evaluated(i * 10, *both)
+        entry for step, *both in zip(steps, eval_losses, losses, strict=True) for entry in evaluated(step, *both)
     ]
     return entries[:-1]
 
@@ -38,6 +39,9 @@ NORMAL = {
     "near the freeze": [seen(110), seen(115)],
     "frozen": [seen(130, frozen=1.0, churn=0.0, entropy=0.0)],
     "held-out loss jumps where pruning begins": history([3.0, 2.8, 3.5, 3.4, 3.3, 3.2], [3.0, 2.7, 3.6, 3.3, 3.2, 3.1]),
+    "held-out loss falls, from where pruning put it": history(
+        [2.5, 2.4, 2.3, 3.4, 3.3, 3.2, 3.1], [3.0, 2.7, 2.5, 2.4, 2.3, 2.2, 2.1]
+    ),
     "held-out loss a little worse": history([3.0, 3.02, 3.03, 3.01, 3.02], [3.0, 2.9, 2.8, 2.7, 2.6]),
     "tuned, and no worse for it": [seen(10, held_out_dense=3.0), seen(20), seen(30, held_out_dense=3.01)],
     "on budget late": [seen(50, sparsity=0.1)],
@@ -50,7 +54,7 @@ BAD = {
     "budget": [seen(110, sparsity=0.2)],
     "churn": [seen(105, churn=0.05), seen(115, churn=0.03)],
     "empty": [seen(130, {"kv": [4, 0, 3, 2, 2, 4], "mlp": [40, 20, 28, 30, 2, 48]}, frozen=1.0)],
-    "diverging": history([3.0, 2.8, 3.0, 3.1, 3.2], [3.0, 2.7, 2.5, 2.2, 2.0]),
+    "diverging": history([3.0, 2.8, 3.0, 3.1, 3.2], [3.0, 2.7, 2.5, 2.2, 2.0], first=30),
     "spoilt": [seen(10, held_out_dense=3.0), seen(20), seen(30, held_out_dense=3.1)],
     "collapse": [seen(60, entropy=1e-5)],
 }
@@ -72,6 +76,11 @@ def test_what_goes_wrong_is_said_with_its_value(name):
 
 def test_a_spoilt_model_is_no_news_where_it_was_not_measured():
     assert alerts(PLAN, [*BAD["spoilt"], seen(40)]) == []
+
+
+def test_decisions_on_budget_may_not_be_just_what_is_asked():
+    """With few large groups."""
+    assert alerts(dataclasses.replace(PLAN, on_budget=True), BAD["budget"]) == []
 
 
 def test_the_empty_halves_are_named():
