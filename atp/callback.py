@@ -94,7 +94,7 @@ class ATPCallback(TrainerCallback):
         self._loss_scale = 1.0
         self._saved_step: int | None = None
         self._saves_after_evaluation = False
-        self._checked_evaluation = False
+        self._checked: list[Any] = []
 
     @property
     def learner(self) -> DecisionLearner:
@@ -135,15 +135,12 @@ class ATPCallback(TrainerCallback):
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
-            self._run.end()
-            detach(model)
+            self._let_go(model)
         self._run, self._monitor, attachment = None, None, attach(model, space)
         try:
             self._start(args, state, model, loader, attachment)
         except BaseException:
-            if self._run is not None:
-                self._run.end()
-            detach(model)
+            self._let_go(model)
             raise
 
     def on_step_begin(
@@ -158,6 +155,8 @@ class ATPCallback(TrainerCallback):
         self._running().begin_step(state.global_step, self._loss_scale)
         if freezes:
             self._watching().measure_held_out(state.global_step, dense=False, pruned=True)
+            # evaluations so far were of models that had more, or other groups, than the one that will be exported
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -203,12 +202,12 @@ class ATPCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Once: refuse an evaluation set that shares a row with the calibration set."""
+        """Once a set: refuse an evaluation set that shares a row with the calibration set."""
         dataset = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-        if self._checked_evaluation or dataset is None or not hasattr(dataset, "__len__"):
+        if dataset is None or not hasattr(dataset, "__len__") or any(dataset is one for one in self._checked):
             return
         check_disjoint(self._calibration_hashes, dataset)
-        self._checked_evaluation = True
+        self._checked.append(dataset)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what happened into the Trainer's own log and the journal; act on alerts."""
@@ -237,7 +236,8 @@ class ATPCallback(TrainerCallback):
         self._running().end()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             learner.load_state(*self._load(Path(state.best_model_checkpoint), args, state))
-        if not learner.frozen:
+        in_time = learner.frozen
+        if not in_time:
             logger.warning(
                 "atp: training ended at step %d, before the decision was frozen (step %d): it is frozen now, and LoRA "
                 "has not been trained under it",
@@ -250,12 +250,19 @@ class ATPCallback(TrainerCallback):
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
             processing_class = kwargs.get("processing_class")
-            about = self._about(state, model)
+            about = self._about(model, self._evaluation(args, state) if in_time else None)
             export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes, about=about)
         if self._report and state.is_world_process_zero:
             self._write_report(Path(args.output_dir), model)
 
     # -- the steps behind them -----------------------------------------------------------------------------------
+
+    def _let_go(self, model: nn.Module) -> None:
+        """Leave the model as it was before a run, but for what LoRA has learned."""
+        if self._run is not None:
+            self._run.end()
+            self._run.undo()
+        detach(model)
 
     def add_metrics(self, logs: dict[str, Any]) -> None:
         """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
@@ -325,12 +332,18 @@ class ATPCallback(TrainerCallback):
                 "LoRA is on none of the linear layers to be pruned: give LoraConfig target_modules such as "
                 f"'all-linear' (they are {', '.join(sorted({path.rsplit('.', 1)[-1] for path in paths}))})"
             )
+        if names := sorted(set(model.peft_config) - {"default"}):
+            logger.warning(
+                "atp: PEFT saves the adapter %s in a folder of its own in final/, where atp finds one called 'default' "
+                "only: pruned/ will hold what active adapters have learned, and the run cannot be loaded again",
+                names[0],
+            )
         return space
 
     def _start(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
     ) -> None:
-        self._checked_evaluation, self._saved_step = False, None
+        self._checked, self._saved_step = [], None
         self._run = run = PruningRun(
             self.config,
             model,
@@ -397,16 +410,30 @@ class ATPCallback(TrainerCallback):
         given = self._resume_from or args.resume_from_checkpoint
         return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
 
-    def _about(self, state: TrainerState, model: nn.Module) -> About:
-        """For the model card: the settings, and the last evaluation, where it saw the final decision."""
+    def _evaluation(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
+        """The log of the last evaluation, or of the best checkpoint's where that is kept, if it saw the final decision.
+
+        For a run that was frozen before its end.
+        """
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        kept = state.best_global_step if best else None
+        losses = [entry for entry in state.log_history if "eval_loss" in entry and kept in (None, entry["step"])]
         frozen_at = self.learner.frozen_at
-        losses = [entry for entry in state.log_history if "eval_loss" in entry]
-        results = [
-            Result("evaluation set", "loss", entry["eval_loss"], f"before the export, step {entry['step']}")
-            for entry in losses[-1:]
-            if frozen_at is not None and entry["step"] > frozen_at
-        ]
-        return About(causal_lm(model).name_or_path, settings={"atp": chosen(self.config)}, results=tuple(results))
+        assert frozen_at is not None
+        return losses[-1] if losses and losses[-1]["step"] > frozen_at else None
+
+    def _about(self, model: nn.Module, evaluation: Mapping[str, Any] | None) -> About:
+        """For the model card: the settings, and an evaluation's loss."""
+        results = (
+            (
+                Result(
+                    "evaluation set", "loss", evaluation["eval_loss"], f"before the export, step {evaluation['step']}"
+                ),
+            )
+            if evaluation
+            else ()
+        )
+        return About(causal_lm(model).name_or_path, settings={"atp": chosen(self.config)}, results=results)
 
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
         final = Path(args.output_dir) / "final"

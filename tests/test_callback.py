@@ -440,6 +440,78 @@ def test_processes_that_share_the_pass_of_a_row_are_refused(tmp_path: Path, monk
     assert attachment_of(run.model) is None
 
 
+@pytest.mark.parametrize("compensate", ["follow", "bias"])
+def test_a_run_that_starts_again_in_one_process_starts_from_the_base_model(tmp_path: Path, compensate: str) -> None:
+    """As after `auto_find_batch_size` has met too large a batch. Oracle: the run that was not cut."""
+    run = runs.trainer(tmp_path, runs.config(start_at=0.4, compensate=compensate), save_strategy="steps", save_steps=2)
+    run.train()
+    uncut, chosen = runs.adapter(run), decision(run)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert runs.same(runs.adapter(run), uncut)
+    assert runs.same(decision(run), chosen)
+
+
+def test_evaluations_before_the_freeze_do_not_compete_with_those_of_the_pruned_model(tmp_path: Path) -> None:
+    """The first evaluation is the best by far, of a model that nobody will get."""
+    run = runs.trainer(
+        tmp_path,
+        runs.config(start_at=0.4),
+        evaluation=runs.dataset(8, seed=5),
+        callbacks=(WorseAndWorse(),),
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_score",
+        greater_is_better=True,
+    )
+    run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-8")
+    assert runs.callback_of(run).learner.frozen_at == 6
+    entry = next(e for e in run.state.log_history if e.get("step") == 8 and "eval_loss" in e)
+    assert f"{entry['eval_loss']:.4g}" in (tmp_path / "pruned" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("order", [("clean", "shared"), ("shared", "clean")])
+def test_every_evaluation_set_is_looked_through_for_calibration_rows(tmp_path: Path, order: tuple[str, str]) -> None:
+    sets = {"clean": runs.dataset(8, seed=5), "shared": runs.dataset(8, seed=6)}
+    callback = ATPCallback(runs.config(), sets["shared"], report=False)
+    run = runs.trainer(
+        tmp_path, callback, evaluation={name: sets[name] for name in order}, eval_strategy="steps", eval_steps=2
+    )
+    with pytest.raises(CalibrationError, match="is also a calibration row"):
+        run.train()
+
+
+def test_the_card_says_nothing_of_an_evaluation_that_saw_no_final_decision(tmp_path: Path) -> None:
+    run = runs.trainer(
+        tmp_path, runs.config(freeze_at=1.0), evaluation=runs.dataset(8, seed=5), eval_strategy="steps", eval_steps=5
+    )
+    run.train()
+    assert "evaluation set" not in (tmp_path / "pruned" / "README.md").read_text()
+
+
+def test_an_evaluation_before_the_first_step_sees_the_decision_that_is_refitted_for(tmp_path: Path) -> None:
+    """Where pruning begins with the run. Oracle: the first step's masks, of which nothing is drawn at random."""
+    callback = ATPCallback(runs.config(start_at=0.0, noise=0.0, noise_end=0.0), report=False)
+    kept = []
+
+    class See(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept.append(callback.learner.attachment.decision())
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept.append(callback.learner.attachment.decision())
+
+    run = runs.trainer(
+        tmp_path, callback, evaluation=runs.dataset(4, seed=5), callbacks=(See(),), eval_on_start=True, max_steps=4
+    )
+    run.train()
+    assert runs.same(kept[0], kept[1])
+    assert any((mask == 0).any() for mask in kept[0].values())
+
+
 def test_resume_is_refused_with_another_config_world_size_or_damage(tmp_path: Path) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 3}
     runs.trainer(tmp_path, runs.config(), **arguments).train()

@@ -156,10 +156,14 @@ class Compensation:
         layers = {path: base_layer(self._attachment.modules[path]) for path in self._applied}
         return {f"{path}.{self._tensor}": getattr(layer, self._tensor) for path, layer in layers.items()}
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` gave, which may be nothing."""
+    def undo(self) -> None:
+        """Put back what changed layers held at first."""
         settle(self._attachment.lm)
         self._revert_all()
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave, which may be nothing."""
+        self.undo()
         self._claim(name.rsplit(".", 1)[0] for name in tensors)
         load_compensated(self._attachment, tensors)
 

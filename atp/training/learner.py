@@ -91,6 +91,7 @@ class DecisionLearner:
         """What comes before the first step; not called when a run is resumed."""
         if self.config.decision == "criterion" or self.schedule.start_step == 0:
             self._require_start()
+            self.show_decision()
 
     @property
     def frozen(self) -> bool:

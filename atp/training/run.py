@@ -122,6 +122,10 @@ class PruningRun:
         if self._distillation is not None:
             self._distillation.remove()
 
+    def undo(self) -> None:
+        """Give the base model back the weights that compensation has changed: another run is to begin."""
+        self._compensation.undo()
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a bit-exact resume needs."""
         tensors, values = self.learner.state()
