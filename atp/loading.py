@@ -109,6 +109,11 @@ def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs:
 
 
 def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> PeftModel:
+    if others := sorted(path.parent.name for path in adapter.glob(f"*/{_CONFIG}")):
+        raise CheckpointError(
+            f"{adapter} holds the adapter {others[0]} beside the one called 'default', and both made the run what it "
+            "is: take what it has exported, or load the adapters with PEFT"
+        )
     if not (adapter / _WEIGHTS).is_file():  # PEFT would ask the hub for them
         raise CheckpointError(f"{adapter / _WEIGHTS} is missing: train or export again")
     lm = load_model(base.name_or_path, base.gguf_file, dtype or base.dtype, base.bits)

@@ -123,3 +123,14 @@ def test_arguments_that_do_not_fit_are_refused(finished):
     with pytest.raises(CheckpointError, match="not a folder"):
         load(finished[0] / "nothing")
     assert load(finished[0], dtype="bfloat16").get_base_model().dtype == torch.bfloat16
+
+
+def test_a_run_of_two_adapters_is_not_taken_for_one_of_them(tmp_path, caplog):
+    model = runs.peft_model()
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    tiny.model().save_pretrained(tmp_path / "base")
+    runs.trainer(tmp_path / "run", runs.config(), model=model, max_steps=2).train()
+    assert "the run cannot be loaded again" in caplog.text
+    with pytest.raises(CheckpointError, match="holds the adapter second beside the one called 'default'"):
+        load(tmp_path / "run", base=str(tmp_path / "base"))
