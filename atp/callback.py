@@ -424,15 +424,10 @@ class ATPCallback(TrainerCallback):
 
     def _about(self, model: nn.Module, evaluation: Mapping[str, Any] | None) -> About:
         """For the model card: the settings, and an evaluation's loss."""
-        results = (
-            (
-                Result(
-                    "evaluation set", "loss", evaluation["eval_loss"], f"before the export, step {evaluation['step']}"
-                ),
-            )
-            if evaluation
-            else ()
-        )
+        results: tuple[Result, ...] = ()
+        if evaluation is not None:
+            when = f"before the export, step {evaluation['step']}"
+            results = (Result("evaluation set", "loss", evaluation["eval_loss"], when),)
         return About(causal_lm(model).name_or_path, settings={"atp": chosen(self.config)}, results=results)
 
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
