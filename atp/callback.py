@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from atp.config import ATPConfig
 from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
-from atp.export import About, Result, export
+from atp.export import About, Result, export, require_mergeable
 from atp.export.card import chosen
 from atp.files import write_json, written_by_one
 from atp.layers import Attachment, attach, attachment_of, detach
@@ -332,6 +332,8 @@ class ATPCallback(TrainerCallback):
                 "LoRA is on none of the linear layers to be pruned: give LoraConfig target_modules such as "
                 f"'all-linear' (they are {', '.join(sorted({path.rsplit('.', 1)[-1] for path in paths}))})"
             )
+        if config.export:
+            require_mergeable(lm)
         if names := sorted(set(model.peft_config) - {"default"}):
             logger.warning(
                 "atp: PEFT saves the adapter %s in a folder of its own in final/, where atp finds one called 'default' "

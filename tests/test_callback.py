@@ -423,6 +423,17 @@ def test_already_attached_is_refused(tmp_path: Path) -> None:
         runs.trainer(tmp_path, runs.config(), model=model).train()
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor")
+def test_adapters_that_cannot_be_exported_are_refused_before_training(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config(), model=runs.peft_model(lora_bias=True))
+    with pytest.raises(UnsupportedModelError, match=r"q_proj has no bias that lora_bias could be merged into"):
+        run.train()
+    assert attachment_of(run.model) is None
+    assert run.state.global_step == 0
+    runs.trainer(tmp_path, runs.config(export=False), model=runs.peft_model(lora_bias=True), max_steps=2).train()
+
+
 def test_failed_start_leaves_the_model_untouched(tmp_path: Path) -> None:
     run = runs.trainer(tmp_path, runs.config(), train=runs.dataset(20))
     with pytest.raises(CalibrationError):

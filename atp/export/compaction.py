@@ -37,6 +37,8 @@ from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Ax
 SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
 """Space `disp`: what each half of a block reads from and writes to the residual stream."""
 
+_ONLY_PLAIN = "{}: only plain LoRA can be merged into a quantised layer: load the base model unquantised to export"
+
 
 @dataclass(frozen=True, eq=False)
 class Sides:
@@ -235,6 +237,22 @@ def _active_module(wrapper: AuxiliaryTrainingWrapper, path: str) -> nn.Module:
     raise UnsupportedModelError(f"{path}: a {type(wrapper).__name__} cannot be merged: remove it before exporting")
 
 
+def require_mergeable(lm: nn.Module) -> None:
+    """Refuse, before training, adapters that no export could merge.
+
+    Raises:
+        UnsupportedModelError: naming a layer, and what its adapter has.
+    """
+    for path, layer in lm.named_modules():
+        if not isinstance(layer, LoraLayer) or not isinstance(base := layer.get_base_layer(), nn.Linear):
+            continue
+        has_bias = any(layer.lora_bias.get(name) for name in layer.lora_A)
+        if has_bias and base.bias is None:
+            raise UnsupportedModelError(f"{path} has no bias that lora_bias could be merged into: leave lora_bias out")
+        if is_quantised(base) and (has_bias or any(name in layer.lora_variant for name in layer.lora_A)):
+            raise UnsupportedModelError(_ONLY_PLAIN.format(path))
+
+
 @torch.no_grad()
 def _merged_plain(layer: Any, path: str, rows: Tensor | None, cols: Tensor | None) -> dict[str, Tensor]:
     """What stays of a plain linear layer, W[rows][:, cols] + s B[rows] A[:, cols] over active adapters."""
@@ -282,9 +300,7 @@ def _merged_quantised(layer: BaseTunerLayer, base: nn.Linear, path: str, dtype: 
         return {name: tensor.to(dtype) for name, tensor in own.items()}
     active = [name for name in layer.active_adapters if name in layer.lora_A] if isinstance(layer, LoraLayer) else None
     if active is None or any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
-        raise UnsupportedModelError(
-            f"{path}: only plain LoRA can be merged into a quantised layer: load the base model unquantised to export"
-        )
+        raise UnsupportedModelError(_ONLY_PLAIN.format(path))
     for name in active:
         own["weight"] = own["weight"] + layer.get_delta_weight(name).float()
     return {name: tensor.to(dtype) for name, tensor in own.items()}
