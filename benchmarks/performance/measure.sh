@@ -5,6 +5,8 @@ out="$(dirname "$0")/results"
 mkdir -p "$out"
 for space in width disp; do
     atp bench train-step --space "$space" --calls 5 --csv "$out/cpu_train_step_$space.csv"
+done
+for space in width disp depth hidden; do
     atp bench infer --space "$space" --csv "$out/cpu_infer_$space.csv"
     atp bench infer --space "$space" --tokens 128 --csv "$out/cpu_infer_128_$space.csv"
 done
