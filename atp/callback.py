@@ -54,6 +54,9 @@ from atp.training.state import (
 
 logger = logging.getLogger(__name__)
 
+ADAPTERS = "adapters"
+"""In the state of a run's end: names of the adapters that it ended with."""
+
 LOG_PREFIX = "atp/"
 HELD_OUT_ROWS = 32
 """Rows at most on which the dense and the pruned model are watched."""
@@ -334,11 +337,11 @@ class ATPCallback(TrainerCallback):
             )
         if config.export:
             require_mergeable(lm)
-        if names := sorted(set(model.peft_config) - {"default"}):
+        if (names := _active(model)) != ["default"]:
             logger.warning(
-                "atp: PEFT saves the adapter %s in a folder of its own in final/, where atp finds one called 'default' "
-                "only: pruned/ will hold what active adapters have learned, and the run cannot be loaded again",
-                names[0],
+                "atp: the active adapters are %s, and atp loads runs of one that is called 'default': pruned/ will have "
+                "what they have learned, but the run cannot be loaded again",
+                ", ".join(names),
             )
         return space
 
@@ -435,7 +438,12 @@ class ATPCallback(TrainerCallback):
     def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
         final = Path(args.output_dir) / "final"
         with _beside_with_adapters(model, final, state.is_world_process_zero) as beside:
-            self._save(beside or final, args, state, self.learner.state())
+            tensors, values = self.learner.state()
+            self._save(beside or final, args, state, (tensors, values | {ADAPTERS: _active(model)}))
+
+
+def _active(model: PeftModel) -> list[str]:
+    return sorted(model.active_adapters)
 
 
 def save_adapters(model: PeftModel, folder: Path, writes: bool) -> None:

@@ -8,12 +8,12 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from atp.callback import restore
+from atp.callback import ADAPTERS, restore
 from atp.errors import CheckpointError, ConfigError, in_one_line
 from atp.export.loading import load as load_exported
 from atp.models import load_model
 from atp.recipe import ModelSettings, Recipe
-from atp.training.state import FOLDER
+from atp.training.state import FOLDER, VALUES
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -108,11 +108,19 @@ def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs:
     return model
 
 
+def _ended_with(adapter: Path) -> list[str]:
+    try:
+        names: list[str] = json.loads((adapter / FOLDER / VALUES).read_text(encoding="utf-8"))[ADAPTERS]
+    except (OSError, ValueError, KeyError, TypeError):  # of a checkpoint, an earlier version, or nothing was pruned
+        return ["default"]
+    return names
+
+
 def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> PeftModel:
-    if others := sorted(path.parent.name for path in adapter.glob(f"*/{_CONFIG}")):
+    if (names := _ended_with(adapter)) != ["default"]:
         raise CheckpointError(
-            f"{adapter} holds the adapter {others[0]} beside the one called 'default', and both made the run what it "
-            "is: take what it has exported, or load the adapters with PEFT"
+            f"{adapter}: the run ended with the adapters {', '.join(names)}, and only one called 'default' can be "
+            "loaded: take what it has exported, or load them with PEFT"
         )
     if not (adapter / _WEIGHTS).is_file():  # PEFT would ask the hub for them
         raise CheckpointError(f"{adapter / _WEIGHTS} is missing: train or export again")

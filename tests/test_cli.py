@@ -123,7 +123,8 @@ def test_eval_measures_every_model(base, tmp_path, capsys):
         ["export"],
     ],
 )
-def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, options):
+def test_bench_prints_and_writes_ratios(base, tmp_path, capsys, monkeypatch, options):
+    monkeypatch.setenv("COLUMNS", "100")
     table, out = tmp_path / "rows.csv", tmp_path / "rows.json"
     argv = ["bench", *options, "--config", str(base), "--layers", "2", "--round-to", "1", "--calls", "2"]
     assert main([*argv, "--csv", str(table), "--json", str(out)]) == 0

@@ -132,5 +132,17 @@ def test_a_run_of_two_adapters_is_not_taken_for_one_of_them(tmp_path, caplog):
     tiny.model().save_pretrained(tmp_path / "base")
     runs.trainer(tmp_path / "run", runs.config(), model=model, max_steps=2).train()
     assert "the run cannot be loaded again" in caplog.text
-    with pytest.raises(CheckpointError, match="holds the adapter second beside the one called 'default'"):
+    with pytest.raises(CheckpointError, match="ended with the adapters default, second"):
         load(tmp_path / "run", base=str(tmp_path / "base"))
+
+
+def test_an_adapter_that_is_there_but_not_active_is_no_part_of_the_run(tmp_path, caplog):
+    """As TRL's DPO keeps a reference."""
+    model = runs.peft_model()
+    model.add_adapter("ref", model.peft_config["default"])
+    tiny.model().save_pretrained(tmp_path / "base")
+    run = runs.trainer(tmp_path / "run", runs.config(), model=model, max_steps=2)
+    run.train()
+    assert "cannot be loaded again" not in caplog.text
+    loaded = load(tmp_path / "run", base=str(tmp_path / "base")).eval()
+    assert families.relative_error(logits(loaded), logits(run.model.eval())) <= 1e-6
