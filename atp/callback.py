@@ -339,8 +339,8 @@ class ATPCallback(TrainerCallback):
             require_mergeable(lm)
         if (names := _active(model)) != ["default"]:
             logger.warning(
-                "atp: the active adapters are %s, and atp loads runs of one that is called 'default': pruned/ will have "
-                "what they have learned, but the run cannot be loaded again",
+                "atp: the active adapters are %s, and atp loads runs of one that is called 'default': pruned/ will "
+                "have what they have learned, but the run cannot be loaded again",
                 ", ".join(names),
             )
         return space
