@@ -7,8 +7,6 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 SPREAD := --numprocesses auto --dist loadfile
 ENGINES := tests/test_processes.py
-# On CPUs, and again by the kernel in Triton's interpreter.
-BOTH_WAYS := tests/export/test_modeling.py
 APART := --ignore=tests/ops/kernels --ignore=tests/device --ignore=$(ENGINES)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -19,7 +17,7 @@ quickstart: $(VENV)/.quickstart
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(PYTEST) $(SPREAD) $(APART)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/ops/kernels $(BOTH_WAYS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) $(SPREAD) tests/ops/kernels
 	OMP_NUM_THREADS=1 ATP_SECOND_DEVICE=1 $(PYTEST) $(SPREAD) tests/device
 	OMP_NUM_THREADS=1 $(PYTEST) $(ENGINES)
 

@@ -16,14 +16,12 @@ folder that no stock class can hold; `trust_remote_code=True` finds it there. Wh
     selections: per attention or MLP, the kinds of residual dimensions it reads and writes. It then sees only the
         dimensions in its buffer `residual_in`, and adds to those in `residual_out`; the others get zeros.
 
-Without gradients, blocks like Llama's read and write their dimensions where there are an RMSNorm and a residual add
-anyway: in one kernel on a GPU with Triton, and on CPUs by adding to those dimensions only. Others gather and scatter in
-hooks around each attention and MLP; so do these under `torch.compile`, which makes kernels of its own.
+Where there are a GPU and Triton, and no gradients, blocks like Llama's read and write their dimensions in one kernel
+with the RMSNorm and the residual add that are there anyway. `torch.compile` makes kernels of its own.
 """
 
 import inspect
 import os
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -263,7 +261,7 @@ def _kept(x: Tensor, index: Tensor) -> Tensor:
 
 def _is_like_llamas(block: Any) -> bool:
     """Whether a block adds, norms and calls its halves as Llama's does, by the source of its `forward`."""
-    if not _same_forward(block, LlamaDecoderLayer):
+    if triton is None or not _same_forward(block, LlamaDecoderLayer):
         return False
     return all(_same_forward(norm, LlamaRMSNorm) for norm in (block.input_layernorm, block.post_attention_layernorm))
 
@@ -283,51 +281,36 @@ def forward(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """A block's own `forward`, or what it computes without the hooks that gather and scatter.
+    """A block's own `forward`; by kernels, where they can, without the hooks that gather and scatter.
 
     It has that name for pickle, which looks it up on the block.
     """
     arguments = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
-    boundary = _boundary_on(self, hidden_states)
-    if boundary is None:
+    if not _kernels_can(self, hidden_states):
         return type(self).forward(self, hidden_states, **arguments)
     attention, mlp = self.self_attn, self.mlp
-    _, normed = boundary(hidden_states, None, None, self.input_layernorm, attention)
+    _, normed = _boundary(hidden_states, None, None, self.input_layernorm, attention.residual_in)
     update, _ = attention.forward(hidden_states=normed, **arguments)
-    residual, normed = boundary(hidden_states, update, attention, self.post_attention_layernorm, mlp)
-    return boundary(residual, mlp.forward(normed), mlp, None, None)[0]
+    residual, normed = _boundary(
+        hidden_states, update, _position(attention), self.post_attention_layernorm, mlp.residual_in
+    )
+    return _boundary(residual, mlp.forward(normed), _position(mlp), None, None)[0]
 
 
-def _boundary_on(block: Any, x: Tensor) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """What adds, norms and reads where `x` lies; None for the block's own way.
-
-    That is taken where gradients or a graph are wanted, weights lie elsewhere, or somebody looks into the block, and on
-    GPUs without Triton or in float64.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
+def _kernels_can(block: Any, x: Tensor) -> bool:
+    """Not where gradients, float64 or a graph are wanted, weights lie elsewhere, or somebody looks into the block."""
+    where = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    if not where or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return False
     norms = (block.input_layernorm, block.post_attention_layernorm)
-    own = all(norm.weight.device == x.device and _hooks(norm) == (0, 0) for norm in norms)
-    if not own or any(_hooks(half) != (1, 1) for half in (block.self_attn, block.mlp)):
-        return None
-    if triton is not None and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and x.dtype != torch.float64:
-        return _boundary_by_kernel
-    return _boundary if x.device.type == "cpu" else None
+    return all(norm.weight.device == x.device and _hooks(norm) == (0, 0) for norm in norms) and all(
+        _hooks(half) == (1, 1) for half in (block.self_attn, block.mlp)
+    )
 
 
 def _hooks(module: nn.Module) -> tuple[int, int]:
     """How many there are before and after a module; `_gather` and `_scatter` are one each."""
     return len(module._forward_pre_hooks), len(module._forward_hooks)
-
-
-def _boundary(
-    residual: Tensor, update: Tensor | None, writer: Any, norm: Any, reader: Any
-) -> tuple[Tensor, Tensor | None]:
-    """r + scatter(u), and what `reader` reads of its norm; r itself without an update, and None without a norm."""
-    if update is not None:
-        dtype = torch.promote_types(residual.dtype, update.dtype)  # two under autocast
-        residual = residual.to(dtype).index_add(-1, writer.residual_out, update.to(dtype))
-    return residual, None if norm is None else _kept(norm(residual), reader.residual_in)
 
 
 def _position(module: Any) -> Tensor:
@@ -341,11 +324,10 @@ def _position(module: Any) -> Tensor:
     return module._position_now
 
 
-def _boundary_by_kernel(
-    residual: Tensor, update: Tensor | None, writer: Any, norm: Any, reader: Any
-) -> tuple[Tensor, Tensor | None]:
-    """`_boundary` in one kernel."""
-    position, read = None if writer is None else _position(writer), None if reader is None else reader.residual_in
+def _boundary(
+    residual: Tensor, update: Tensor | None, position: Tensor | None, norm: Any, read: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """r + scatter(u), and dimensions `read` of its norm; r itself without an update, and nothing without a norm."""
     residual = residual.contiguous()
     hidden_size, rows = residual.shape[-1], residual.shape[:-1].numel()
     written = 1 if update is None else update.shape[-1]

@@ -1,7 +1,4 @@
-"""Exported blocks like Llama's, which do without the hooks that gather and scatter. Oracle: the same model with them.
-
-On CPUs; under TRITON_INTERPRET=1, as `make test` runs this file again, by the kernel in Triton's interpreter.
-"""
+"""Exported models whose blocks gather and scatter in kernels. Oracle: the same model without them."""
 
 import os
 import pickle
@@ -16,92 +13,76 @@ from atp.export import export, load, modeling_atp
 from tests import families
 from tests.export.cases import exported, masked
 from tests.export.test_folder import STRANGER, tokenizer
+from tests.ops.kernels import in_the_interpreter
+
+pytestmark = in_the_interpreter
 
 LIKE_LLAMA = ("llama", "mistral", "qwen3", "llama_biases")
-KERNEL = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """Calls of what is taken here in place of the hooks."""
-    name = "_boundary_by_kernel" if KERNEL else "_boundary"
-    calls, boundary = [], getattr(modeling_atp, name)
-    monkeypatch.setattr(modeling_atp, name, lambda *a: calls.append(a) or boundary(*a))
+def launched(monkeypatch):
+    """Launches of the kernel."""
+    calls = []
+    boundary = modeling_atp._boundary
+    monkeypatch.setattr(modeling_atp, "_boundary", lambda *a: calls.append(a) or boundary(*a))
     return calls
 
 
-def by_hooks(function, monkeypatch):
+def plainly(function, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(modeling_atp, "_boundary_on", lambda *_: None)
+        patched.setattr(modeling_atp, "_kernels_can", lambda *_: False)
         return function()
 
 
 @pytest.mark.parametrize("family", LIKE_LLAMA)
-def test_logits_are_those_by_hooks(family, monkeypatch, calls):
+def test_logits_are_those_without_kernels(family, monkeypatch, launched):
     model = load(exported(family, "disp").folder).eval()
-    expected = by_hooks(lambda: families.logits(model), monkeypatch)
-    assert not calls
+    expected = plainly(lambda: families.logits(model), monkeypatch)
+    assert not launched
     found = families.logits(model)
-    assert len(calls) == 3 * model.config.num_hidden_layers
+    assert len(launched) == 3 * model.config.num_hidden_layers
     assert families.relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generates_the_same_tokens(cache, monkeypatch, calls):
+def test_generates_the_same_tokens(cache, monkeypatch, launched):
     model = load(exported("llama", "disp").folder).eval()
     settings = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
     prompt = families.tokens()[:, :4]
-    expected = by_hooks(lambda: model.generate(prompt, **settings), monkeypatch)
+    expected = plainly(lambda: model.generate(prompt, **settings), monkeypatch)
     assert torch.equal(model.generate(prompt, **settings), expected)
-    assert calls
+    assert launched
 
 
-def test_attentions_and_hooks_are_given_what_they_ask_for(calls):
+def test_attentions_and_hooks_are_given_what_they_ask_for(launched):
     model = load(exported("llama", "disp").folder, attn_implementation="eager").eval()
     seen = []
     with torch.no_grad():
         assert len(model(families.tokens(), output_attentions=True).attentions) == model.config.num_hidden_layers
         hooks = [block.mlp.register_forward_hook(lambda *a: seen.append(a)) for block in model.model.layers]
-        calls.clear()
+        launched.clear()
         model(families.tokens())
         assert len(seen) == model.config.num_hidden_layers
-        assert not calls
+        assert not launched
         for hook in hooks:
             hook.remove()
 
 
-def test_weights_that_lie_elsewhere_are_left_to_hooks(monkeypatch, calls):
+def test_float64_and_weights_that_lie_elsewhere_are_left_to_pytorch(monkeypatch, launched):
     model = load(exported("llama", "disp").folder).eval()
-    expected = by_hooks(lambda: families.logits(model), monkeypatch)
+    expected = plainly(lambda: families.logits(model), monkeypatch)
     assert torch.allclose(families.logits(cpu_offload(model)), expected)
-    assert not calls
-
-
-def test_kernels_leave_float64_to_pytorch(monkeypatch, calls):
+    assert not launched
     model = load(exported("llama", "disp").folder).eval().double()
-    expected = by_hooks(lambda: families.logits(model), monkeypatch)
-    assert torch.allclose(families.logits(model), expected, atol=1e-12)
-    assert bool(calls) == (not KERNEL)
+    families.logits(model)
+    assert not launched
 
 
-@pytest.mark.skipif(KERNEL, reason="Triton's interpreter multiplies bit patterns of bfloat16")
-@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_bfloat16_and_autocast_give_the_numbers_that_hooks_give(weights, monkeypatch, calls):
-    model = load(exported("llama", "disp").folder).eval().to(weights)
-
-    def logits():
-        with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
-            return families.logits(model)
-
-    expected = by_hooks(logits, monkeypatch)
-    assert torch.equal(logits(), expected)
-    assert calls
-
-
-def test_gradients_come_by_hooks(calls):
+def test_gradients_come_without_kernels(launched):
     model = load(exported("llama", "disp").folder)
     model(input_ids=families.tokens(), labels=families.tokens()).loss.backward()
-    assert not calls
+    assert not launched
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
 
@@ -112,7 +93,7 @@ def test_other_dimensions_are_seen_at_once(monkeypatch):
     gone = torch.ones(attention.residual_size, dtype=torch.bool)
     gone[attention.residual_out] = False
     attention.residual_out[-1] = torch.nonzero(gone).flatten()[-1]
-    expected = by_hooks(lambda: families.logits(model), monkeypatch)
+    expected = plainly(lambda: families.logits(model), monkeypatch)
     assert families.relative_error(families.logits(model), expected) < 1e-5
 
 
@@ -123,7 +104,7 @@ def test_pickled_models_compute_the_same():
 
 
 def test_works_where_atp_cannot_be_imported(tmp_path):
-    """Saved by this process; loaded and run in one that has but torch and transformers. Neither by hooks."""
+    """Saved by this process, by kernels; loaded and run, by kernels, in one that has but torch and transformers."""
     live = masked(families.with_lora(families.build("llama")), "disp")
     folder = export(live, tmp_path / "disp" / "pruned", processing_class=tokenizer())
     saved = {"tokens": families.tokens(), "logits": families.logits(load(folder).eval())}
