@@ -239,8 +239,8 @@ class ATPCallback(TrainerCallback):
         self._running().end()
         if args.load_best_model_at_end and state.best_model_checkpoint:
             learner.load_state(*self._load(Path(state.best_model_checkpoint), args, state))
-        in_time = learner.frozen
-        if not in_time:
+        evaluation = self._evaluation(args, state)
+        if not learner.frozen:
             logger.warning(
                 "atp: training ended at step %d, before the decision was frozen (step %d): it is frozen now, and LoRA "
                 "has not been trained under it",
@@ -253,7 +253,7 @@ class ATPCallback(TrainerCallback):
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
             processing_class = kwargs.get("processing_class")
-            about = self._about(model, self._evaluation(args, state) if in_time else None)
+            about = self._about(model, evaluation)
             export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes, about=about)
         if self._report and state.is_world_process_zero:
             self._write_report(Path(args.output_dir), model)
@@ -416,16 +416,12 @@ class ATPCallback(TrainerCallback):
         return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
 
     def _evaluation(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
-        """The log of the last evaluation, or of the best checkpoint's where that is kept, if it saw the final decision.
-
-        For a run that was frozen before its end.
-        """
+        """The log of the last evaluation, or of the best checkpoint if that is kept, where it saw the final decision."""
         best = args.load_best_model_at_end and state.best_model_checkpoint
         kept = state.best_global_step if best else None
         losses = [entry for entry in state.log_history if "eval_loss" in entry and kept in (None, entry["step"])]
         frozen_at = self.learner.frozen_at
-        assert frozen_at is not None
-        return losses[-1] if losses and losses[-1]["step"] > frozen_at else None
+        return losses[-1] if losses and frozen_at is not None and losses[-1]["step"] > frozen_at else None
 
     def _about(self, model: nn.Module, evaluation: Mapping[str, Any] | None) -> About:
         """For the model card: the settings, and an evaluation's loss."""

@@ -13,7 +13,8 @@ output_dir: runs/mine
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from atp.config import ATPConfig, check_keys, read_yaml
-from atp.errors import ConfigError
+from atp.errors import ATPError, ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -285,7 +286,16 @@ def _allows_no(hint: Any) -> bool:
 
 
 def _construct(cls: type, arguments: dict[str, Any], where: str) -> Any:
-    try:
+    with refused_by_library(where, ValueError, TypeError, ImportError, OSError):
         return cls(**arguments)
-    except (ValueError, TypeError, ImportError, OSError) as error:
-        raise ConfigError(f"{where}: {error}") from None
+
+
+@contextmanager
+def refused_by_library(section: str, *errors: type[Exception]) -> Iterator[None]:
+    """Within it, `errors` of PEFT or transformers are a `ConfigError` that names the recipe's section."""
+    try:
+        yield
+    except ATPError:
+        raise
+    except errors as error:
+        raise ConfigError(f"{section}: {error}") from None

@@ -28,11 +28,11 @@ from atp.commands.models import computes_in_bf16
 from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
-from atp.errors import ATPError, CheckpointError, ConfigError, in_one_line
+from atp.errors import CheckpointError, ConfigError
 from atp.files import write_json, write_text
 from atp.journal import JOURNAL
 from atp.models import load_tokenizer
-from atp.recipe import Recipe
+from atp.recipe import Recipe, refused_by_library
 from atp.report import write_report
 from atp.training.state import set_aside_unfinished
 
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     base = base_model(recipe)
     measured = base_results(recipe, base, tokenizer, data) if recipe.measure_base and training.world_size == 1 else None
     set_seed(training.seed)  # the adapter's first weights are the seed's too
-    with _refused("lora", ValueError, TypeError):
+    with refused_by_library("lora", ValueError, TypeError):
         model = get_peft_model(base, lora)
     memory = PeakMemoryCallback()
     watched = data.validation if recipe.measure_base else None
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         if recipe.atp
         else JournalCallback()
     )
-    with _refused("training", ValueError):
+    with refused_by_library("training", ValueError):
         trainer = Trainer(
             model=model,
             args=training,
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
     tuned = trainer.accelerator.unwrap_model(trainer.model)
     if not recipe.atp:
         save_adapters(tuned, Path(recipe.output_dir) / "final", first)
-    if first:
+    if first and checkpoint is not None:
         _write_recipe(recipe)  # of a run that goes on not before it has been found to be the same
     unset_hf_deepspeed_config()  # what is loaded from now on is the first process's alone, not in ZeRO-3's parts
     if first:
@@ -163,17 +163,6 @@ def _prepare(output_dir: Path, overwrite: bool) -> None:
 
 def _write_recipe(recipe: Recipe) -> None:
     write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.to_yaml())
-
-
-@contextmanager
-def _refused(section: str, *errors: type[Exception]) -> Iterator[None]:
-    """What PEFT or the Trainer refuse of a section of the recipe is one line."""
-    try:
-        yield
-    except ATPError:
-        raise
-    except errors as error:
-        raise ConfigError(f"{section}: {in_one_line(error)}") from error
 
 
 @contextmanager

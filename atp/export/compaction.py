@@ -246,11 +246,16 @@ def require_mergeable(lm: nn.Module) -> None:
     for path, layer in lm.named_modules():
         if not isinstance(layer, LoraLayer) or not isinstance(base := layer.get_base_layer(), nn.Linear):
             continue
-        has_bias = any(layer.lora_bias.get(name) for name in layer.lora_A)
-        if has_bias and base.bias is None:
+        active = active_adapters(layer)
+        if base.bias is None and any(layer.lora_bias[name] for name in active):
             raise UnsupportedModelError(f"{path} has no bias that lora_bias could be merged into: leave lora_bias out")
-        if is_quantised(base) and (has_bias or any(name in layer.lora_variant for name in layer.lora_A)):
-            raise UnsupportedModelError(_ONLY_PLAIN.format(path))
+        if is_quantised(base):
+            _require_plain(layer, active, path)
+
+
+def _require_plain(layer: Any, active: list[str], path: str) -> None:
+    if any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
+        raise UnsupportedModelError(_ONLY_PLAIN.format(path))
 
 
 @torch.no_grad()
@@ -298,9 +303,10 @@ def _merged_quantised(layer: BaseTunerLayer, base: nn.Linear, path: str, dtype: 
     own = _dequantised(base, path, torch.float32)
     if layer.merged or layer.disable_adapters:
         return {name: tensor.to(dtype) for name, tensor in own.items()}
-    active = [name for name in layer.active_adapters if name in layer.lora_A] if isinstance(layer, LoraLayer) else None
-    if active is None or any(name in layer.lora_variant or layer.lora_bias[name] for name in active):
+    if not isinstance(layer, LoraLayer):
         raise UnsupportedModelError(_ONLY_PLAIN.format(path))
+    active = active_adapters(layer)
+    _require_plain(layer, active, path)
     for name in active:
         own["weight"] = own["weight"] + layer.get_delta_weight(name).float()
     return {name: tensor.to(dtype) for name, tensor in own.items()}
