@@ -416,7 +416,7 @@ class ATPCallback(TrainerCallback):
         return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
 
     def _evaluation(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
-        """The log of the last evaluation, or of the best checkpoint if that is kept, where it saw the final decision."""
+        """The log of the last evaluation, or of the best checkpoint if that is kept, if it saw the final decision."""
         best = args.load_best_model_at_end and state.best_model_checkpoint
         kept = state.best_global_step if best else None
         losses = [entry for entry in state.log_history if "eval_loss" in entry and kept in (None, entry["step"])]
