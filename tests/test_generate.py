@@ -72,7 +72,7 @@ def test_rows_are_written_and_how_they_were_made(base, tmp_path, capsys):
         "top_p": 0.95,
         "languages": [],
         "batch_size": 8,
-        "attempts": 60,
+        "max_attempts": 60,
         "seed": 0,
     }
     assert "attempts" in capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_the_language_is_english_where_texts_begin_at_random(base, capsys, monke
     argv = ("generate", base, "out.jsonl", "--rows", 2, "--tokens", 20, "--max-attempts", 6)
     line = refused(capsys, *argv[1:])
     assert "none of 6 texts passed (dropped: language 6)" in line, "syllables are no English"
-    assert "languages='english' is not allowed" in refused(capsys, *argv[1:], "--language", "english")
+    assert "language 'english' is not known" in refused(capsys, *argv[1:], "--language", "english")
     monkeypatch.setitem(sys.modules, "py3langid", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'atp[language]', or give --language none" in refused(capsys, *argv[1:])
@@ -167,7 +167,7 @@ def test_the_language_is_english_where_texts_begin_at_random(base, capsys, monke
         (["--temperature", 0], "temperature=0.0 is not allowed"),
         (["--top-p", 2], "top_p=2.0 is not allowed"),
         (["--batch-size", 0], "batch_size=0 is not allowed"),
-        (["--max-attempts", 0], "attempts=0 is not allowed"),
+        (["--max-attempts", 0], "max_attempts=0 is not allowed"),
         (["--seed", -1], "seed=-1 is not allowed"),
         (["--share", 0.5], "--share 0.5 leaves rows that are not written: give --real"),
         (["--real", "rows.jsonl", "--share", 1.5], "share=1.5 is not allowed"),

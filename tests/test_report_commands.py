@@ -83,6 +83,9 @@ def test_report_refuses_what_is_no_run(root, capsys):
     assert "holds none of" in refused(capsys, "report", root)
     assert "there is no such folder" in refused(capsys, "report", root / "nowhere")
     assert "is none of the runs" in refused(capsys, "report", root / "a", root / "c", "--baseline", "x")
+    for baseline in ("x", root / "a"):
+        line = refused(capsys, "report", root / "a", "--baseline", baseline)
+        assert f"--baseline {baseline}: a is the only run" in line
     assert "is a folder" in refused(capsys, "report", root / "a", "--out", root)
     assert not list(root.rglob("*.html"))
 

@@ -145,7 +145,7 @@ def _settings(arguments: argparse.Namespace, mix: Mix) -> WritingSettings:
         top_p=arguments.top_p,
         languages=() if language == "none" else tuple(code.strip() for code in language.split(",")),
         batch_size=arguments.batch_size,
-        attempts=attempts if attempts is not None else max(1, _ATTEMPTS * mix.written),
+        max_attempts=attempts if attempts is not None else max(1, _ATTEMPTS * mix.written),
         seed=arguments.seed,
     )
 

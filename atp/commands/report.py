@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> None:
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: give the name of a file in it, e.g. {out / _PAGE}")
     if len(records) == 1 and not failed:
+        if baseline is not None:
+            raise ConfigError(f"--baseline {baseline}: {records[0].name} is the only run: give one to compare with it")
         report = write_record(records[0], out)
     else:
         report = write_comparison(records, out, _name(baseline, records), failed)

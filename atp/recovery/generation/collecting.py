@@ -32,7 +32,7 @@ class Collected:
 def collect(
     wanted: int, starts: Iterator[Start], writer: Writer, filters: Filters, settings: WritingSettings, progress: bool
 ) -> Collected:
-    """Write until `wanted` rows have passed; where `settings.attempts` were not enough for it, warn of it.
+    """Write until `wanted` rows have passed; where `settings.max_attempts` were not enough for it, warn of it.
 
     A batch has no more texts than are wanted still, so that none is written in vain.
 
@@ -43,8 +43,8 @@ def collect(
     attempts, dropped = 0, Counter(dict.fromkeys(REASONS, 0))
     seeds = random.Random(settings.seed)
     with tqdm(total=wanted, desc="atp: writing", unit="text", disable=not progress, leave=False) as bar:
-        while len(rows) < wanted and attempts < settings.attempts:
-            size = min(settings.batch_size, wanted - len(rows), settings.attempts - attempts)
+        while len(rows) < wanted and attempts < settings.max_attempts:
+            size = min(settings.batch_size, wanted - len(rows), settings.max_attempts - attempts)
             for text in writer.write(list(islice(starts, size)), seeds.getrandbits(63)):
                 reason = filters.reason(text)
                 if reason is None:

@@ -28,7 +28,7 @@ def language_test(languages: Sequence[str]) -> Callable[[str], bool]:
     identifier = _identifier()
     known = sorted(map(str, identifier.labels))
     if unknown := [code for code in languages if code not in known]:
-        raise ConfigError(f"languages={unknown[0]!r} is not allowed: it must be none, or of {', '.join(known)}")
+        raise ConfigError(f"language {unknown[0]!r} is not known: give none, or some of {', '.join(known)}")
     return lambda text: sum(float(p) for code, p in identifier.rank(text) if code in languages) > _MORE_LIKELY_THAN_NOT
 
 

@@ -101,8 +101,8 @@ def mixed_rows(
 ) -> Mixed:
     """Have `model` write, filter, and mix with real rows.
 
-    Where the model has written `settings.attempts` texts and too few of them passed, there are fewer rows, in the same
-    share, and a warning.
+    Where the model has written `settings.max_attempts` texts and too few of them passed, there are fewer rows, in the
+    same share, and a warning.
 
     Raises:
         CalibrationError: where no text passed, no prompt can be used, or there are too few real rows.

@@ -17,7 +17,7 @@ class WritingSettings:
         temperature, top_p: of sampling the others; `top_p=1.0` samples from all tokens.
         languages: ISO 639 codes; texts in others are dropped. Empty keeps all.
         batch_size: texts written at once.
-        attempts: give up after as many texts.
+        max_attempts: give up after as many texts.
         seed: of everything drawn.
     """
 
@@ -27,11 +27,11 @@ class WritingSettings:
     top_p: float = 0.95
     languages: tuple[str, ...] = ()
     batch_size: int = 8
-    attempts: int = 2560
+    max_attempts: int = 2560
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in {"tokens": 1, "greedy_tokens": 0, "batch_size": 1, "attempts": 1, "seed": 0}.items():
+        for name, least in {"tokens": 1, "greedy_tokens": 0, "batch_size": 1, "max_attempts": 1, "seed": 0}.items():
             value = getattr(self, name)
             require(self, name, type(value) is int and value >= least, f"an integer >= {least}")
         require(self, "temperature", 0 < self.temperature < math.inf, "a number > 0")

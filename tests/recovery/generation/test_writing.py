@@ -19,7 +19,7 @@ from atp.recovery.generation.starts import Start, prompt_starts, random_starts
 from atp.recovery.generation.writing import Writer, Written
 from tests import tiny
 
-SETTINGS = WritingSettings(tokens=24, greedy_tokens=4, batch_size=4, attempts=60)
+SETTINGS = WritingSettings(tokens=24, greedy_tokens=4, batch_size=4, max_attempts=60)
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_languages_are_told_apart(language):
 
 def test_an_unknown_language_is_named():
     pytest.importorskip("py3langid")
-    with pytest.raises(ConfigError, match=r"languages='english' is not allowed: it must be none, or of .*\ben\b"):
+    with pytest.raises(ConfigError, match=r"language 'english' is not known: give none, or some of .*\ben\b"):
         language_test(("de", "english"))
 
 
@@ -254,7 +254,7 @@ def test_it_writes_until_enough_have_passed_and_counts_the_others():
 
 
 def test_it_gives_up_after_as_many_attempts_as_it_may(caplog):
-    settings = dataclasses.replace(SETTINGS, attempts=3)
+    settings = dataclasses.replace(SETTINGS, max_attempts=3)
     texts = [written(words(0)), written(""), written(words(0))]
     filters = Filters(settings, [], HeldOut([]))
     found = collect(2, iter([Start((5,))] * 9), Scripted(texts), filters, settings, progress=False)
@@ -265,7 +265,7 @@ def test_it_gives_up_after_as_many_attempts_as_it_may(caplog):
 
 
 def test_fewer_written_rows_leave_the_share_as_it_is(speaker, caplog):
-    settings = dataclasses.replace(SETTINGS, attempts=4)
+    settings = dataclasses.replace(SETTINGS, max_attempts=4)
     real = [Row(**tiny.row(i)) for i in range(30)]
     mixed = mixed_rows(*speaker, Mix(20, 0.5, real=real), settings, progress=False)
     own = [own for _, own in mixed.rows]
@@ -308,7 +308,7 @@ def test_mixes_that_cannot_be_are_refused(mix, error):
     "wrong",
     [
         *({"tokens": 0}, {"greedy_tokens": -1}, {"temperature": 0.0}, {"temperature": float("nan")}),
-        *({"top_p": 0.0}, {"top_p": 1.1}, {"batch_size": 0}, {"attempts": 0}, {"seed": -1}, {"tokens": 1.5}),
+        *({"top_p": 0.0}, {"top_p": 1.1}, {"batch_size": 0}, {"max_attempts": 0}, {"seed": -1}, {"tokens": 1.5}),
     ],
 )
 def test_settings_out_of_range_are_named(wrong):
