@@ -21,8 +21,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
         )
     for row in rows:
         table.add_row(*(show(cell) for cell in row))
-    console = Console(width=_at_most(width)) if width else Console()
-    console.print(title, soft_wrap=True, markup=False, highlight=False)
+    console = Console(width=_at_most(width) if width else None, markup=False, emoji=False)
+    console.print(title, soft_wrap=True, highlight=False)
     console.print(table)
 
 

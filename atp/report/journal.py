@@ -41,8 +41,8 @@ class Journal:
         return [(step, value) for step, values in self.held_out if (value := finite(values.get(name))) is not None]
 
     def not_finite(self, name: str) -> list[int]:
-        """Steps at which a logged scalar was NaN or infinite."""
-        return [s for s, v in self.logs if number(v.get(name)) is not None and finite(v.get(name)) is None]
+        """Steps at which a logged scalar was NaN or infinite: null, and in older journals the value itself."""
+        return [step for step, values in self.logs if name in values and _is_not_finite(values[name])]
 
     def scalars(self, prefix: str) -> list[str]:
         """Names of the logged scalars that start with `prefix`, in the order in which they appear."""
@@ -69,3 +69,7 @@ def read_journal(path: Path) -> Journal:
             lines[name].append((entry["step"], mapping_at(entry, name)))
     found = {name: tuple(sorted(each, key=lambda line: line[0])) for name, each in lines.items()}
     return Journal(run, found["log"], found["kept"], found["held_out"], found["alert"], unreadable)
+
+
+def _is_not_finite(value: Any) -> bool:
+    return value is None or (number(value) is not None and finite(value) is None)

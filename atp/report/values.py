@@ -1,10 +1,14 @@
 """Reading nested values that others wrote: what is absent or of another type is `None`, never an exception."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
-_LOWER = ("perplexity", "ppl", "nll", "loss", "bits_per_byte", "error", "brier", "mse", "wer")
+_LOWER = frozenset(
+    {"perplexity", "ppl", "nll", "loss", "bits", "error", "errors", "brier", "mse", "rmse", "mae", "wer", "cer", "ter"}
+)
+"""Words in the names of metrics."""
 
 
 def at(values: Any, *path: str) -> Any:
@@ -61,5 +65,5 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric of that name is the better one."""
-    return any(part in metric.lower() for part in _LOWER)
+    """Whether a smaller value of a metric of that name is the better one; after a comma stands a filter's name."""
+    return not _LOWER.isdisjoint(re.split(r"[^a-z]+", metric.partition(",")[0].lower()))

@@ -12,7 +12,9 @@ import pytest
 
 from atp.errors import CheckpointError
 from atp.report import write_report
-from atp.report.page.lines import evenly, thinned
+from atp.report.page import drawing
+from atp.report.page.lines import Lines, evenly, line_chart, thinned
+from atp.training.journal import Journal
 from tests.report import folders
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(1)> id="x" url(#y) {{ 7 * 7 }}'
@@ -147,12 +149,15 @@ def test_a_broken_model_is_said_first(tmp_path, monkeypatch):
     without_charts(monkeypatch)
     measured = folders.metrics()
     measured["validation"]["perplexity"] = float("nan")
-    lines = [*folders.journal(logged=3), {"step": 40, "log": {"loss": float("nan")}}]
-    report = write_report(folders.run(tmp_path / "run", lines, measured))
+    folder = folders.run(tmp_path / "run", folders.journal(logged=3), measured)
+    Journal(folder, writes=True).write(40, "log", {"loss": float("nan")})
+    report = write_report(folder)
     assert [warning.split(":")[0] for warning in report.page.warnings] == [
         "The model that came out is broken",
         "The training loss was not finite at 1 logged step(s), first at step 40.",
     ]
+    (training,) = [section for section in report.page.sections if section.anchor == "training"]
+    assert training.charts[0].note == "1 training losses are not finite, first at step 40."
 
 
 def without_charts(monkeypatch):
@@ -221,6 +226,25 @@ def test_thinning_keeps_the_ends_the_peaks_and_the_order():
         chosen = evenly(points, limit)
         assert (len(chosen), chosen[0], chosen[-1]) == (limit, points[0], points[-1])
     assert thinned(points[:5], 10) == points[:5]
+
+
+@pytest.mark.parametrize("count", [2, 10, 20])
+def test_no_two_lines_of_a_chart_look_the_same(count):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
+    chart = line_chart(Lines("norms", "norm", {f"line {i}": [(0, i), (1, i)] for i in range(count)}))
+    looks = re.findall(
+        r'<g class="mark-line[^>]*><path[^>]* stroke="([^"]+)"[^>]* stroke-dasharray="([^"]+)"', drawing.svg(chart, "c")
+    )
+    assert len(set(looks)) == len(looks) == count
+
+
+@pytest.mark.parametrize(("name", "columns"), [("kept", 2), ("written by attention, kept", 1)])
+def test_names_that_do_not_fit_side_by_side_stand_below_each_other(name, columns):
+    altair = pytest.importorskip("altair")
+    chart = line_chart(Lines("norms", "norm", {name: [(0, 1)], "other": [(0, 2)]}))
+    line, _ = chart.draw(altair).to_dict()["layer"]
+    assert line["encoding"]["color"]["legend"]["columns"] == columns
 
 
 def palettes():

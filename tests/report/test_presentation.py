@@ -4,6 +4,7 @@ import builtins
 
 import pytest
 
+from atp.commands.output import print_table
 from atp.report import PlotsUnavailableError, Spread, markdown, printed_table, size_plot, sparsity_plot, summarise
 from atp.report.tables import count, spread
 from tests.report.rows import ROWS, failed
@@ -24,6 +25,15 @@ def test_every_row_has_every_column_and_is_narrow(scores, rates):
     lines = [*rows, *zip(*(title.split("\n") * 2 for title in columns), strict=False)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     assert sum(widths) + 2 * len(widths) <= 100
+
+
+@pytest.mark.parametrize("width", [None, 80])
+def test_what_a_terminal_could_take_for_markup_is_printed_as_it_is(capsys, width):
+    names = ("lr[a]", "lr[b]", "[/x]", "[bold]", "a:warning:", "\\[c]")
+    print_table("[title]", ("[run]", "[ppl]"), [(name, 1.5) for name in names], width)
+    printed = capsys.readouterr().out
+    for text in ("[title]", "[run]", "[ppl]", *names):
+        assert text in printed
 
 
 @pytest.mark.parametrize(

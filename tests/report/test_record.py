@@ -5,9 +5,11 @@ import json
 import pytest
 
 from atp.errors import DataError
+from atp.journal import JOURNAL
 from atp.report.journal import read_journal
 from atp.report.record import read_run
 from atp.report.sources import read_sources
+from atp.training.journal import Journal
 from tests.report import folders
 from tests.report.rows import ROWS, failed
 
@@ -45,6 +47,17 @@ def test_lines_without_sense_are_counted_and_nan_is_no_value(tmp_path):
     assert journal.unreadable == len(bad)
     assert journal.series("loss") == []
     assert journal.not_finite("loss") == [1, 3]
+
+
+def test_losses_that_are_not_finite_are_found_in_what_training_writes(tmp_path):
+    writer = Journal(tmp_path, writes=True)
+    for step, loss in enumerate((2.0, float("nan"), float("inf"), 1.5)):
+        writer.write(step, "log", {"loss": loss})
+    writer.write(4, "log", {"eval_loss": 2.0})
+    writer.write(4, "log", {"loss": "of another type"})
+    journal = read_journal(tmp_path / JOURNAL)
+    assert journal.not_finite("loss") == [1, 2]
+    assert journal.series("loss") == [(0, 2.0), (3, 1.5)]
 
 
 def test_a_crashed_run_tells_what_is_missing(tmp_path):

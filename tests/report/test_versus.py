@@ -156,10 +156,17 @@ def test_figures_read_well():
     assert compared("x", float("nan"), 100.0, True).change == ""
     assert compared("x", 3000.0, 100.0, True).change == "30x"
     assert moved("x", 0.4, 0.5, False).verdict == "worse"
-    assert [lower_is_better(m) for m in ("acc", "rougeL", "word_perplexity", "nll", "macro_f1")] == [
-        False,
-        False,
-        True,
-        True,
-        False,
-    ]
+
+
+@pytest.mark.parametrize(
+    ("lower", "metrics"),
+    [
+        (
+            False,
+            ("acc", "rougeL", "macro_f1", "answer_f1", "power", "after", "gloss", "chrf", "exact_match,error-free"),
+        ),
+        (True, ("word_perplexity", "nll", "eval_loss", "bits_per_byte", "brier_score", "ter", "WER", "rmse,none")),
+    ],
+)
+def test_whole_words_of_a_metric_say_which_way_is_better(lower, metrics):
+    assert {metric: lower_is_better(metric) for metric in metrics} == dict.fromkeys(metrics, lower)

@@ -5,9 +5,12 @@ Colours are CSS variables, which Vega hands through and the page defines for lig
 
 import html
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from atp.report.page.parts import Chart
+
+Form = TypeVar("Form")
 
 WIDTH = 340
 """Pixels of a chart, so that its text is 12 pixels high on a telephone too."""
@@ -34,6 +37,16 @@ _CONFIG: dict[str, Any] = {
 
 class ChartsUnavailableError(ImportError):
     """altair or vl-convert is not installed; the message is the command that installs them."""
+
+
+def colours(count: int) -> list[str]:
+    """One for each series; they come again after the last."""
+    return [SERIES[i % len(SERIES)] for i in range(count)]
+
+
+def beside_colours(forms: Sequence[Form], count: int) -> list[Form]:
+    """A form for each series, such that one whose colour comes again has another form."""
+    return [forms[(i + i // len(SERIES)) % len(forms)] for i in range(count)]
 
 
 def svg(chart: Chart, prefix: str) -> str:

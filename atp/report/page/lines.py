@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from atp.report.journal import Series
-from atp.report.page.drawing import DASHES, SERIES
+from atp.report.page.drawing import DASHES, beside_colours, colours
 from atp.report.page.parts import Chart, plain_table
 from atp.report.page.texts import short
 
 _DRAWN = 240
 """Points of a line at most."""
 _TABLED = 24
+_SYMBOL = 400
+"""Square pixels of a line in the legend: 20 long, so that its dashes show."""
+_LONG = 20
+"""Characters from which on two names do not fit side by side in a legend."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ def line_chart(lines: Lines) -> Chart | None:
         lambda alt: _drawn(alt, lines, names, values),
         plain_table(lines.title, ("step", *names), _rows(lines.series, names)),
         lines.note,
+        height=230 + 20 * (-(-len(names) // _columns(names)) - 1),
     )
 
 
@@ -80,10 +85,19 @@ def _rows(series: Mapping[str, Series], names: Sequence[str]) -> list[list[str]]
     return [[f"{step:,}", *(short(each[step]) if step in each else "" for each in known)] for step in steps]
 
 
+def _columns(names: Sequence[str]) -> int:
+    """Of the legend."""
+    return 2 if max(map(len, names)) < _LONG else 1
+
+
 def _drawn(alt: Any, lines: Lines, names: list[str], values: list[dict[str, Any]]) -> Any:
     several = len(names) > 1
-    legend = alt.Legend(title=None, orient="bottom", columns=2, symbolType="stroke") if several else None
-    colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=SERIES[: len(names)]), legend=legend)
+    legend = (
+        alt.Legend(title=None, orient="bottom", columns=_columns(names), symbolType="stroke", symbolSize=_SYMBOL)
+        if several
+        else None
+    )
+    colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=colours(len(names))), legend=legend)
     base = alt.Chart(alt.Data(values=values)).encode(
         x=alt.X("step:Q", title="optimizer step", axis=alt.Axis(tickCount=5, format="~s", grid=False)),
         y=alt.Y(
@@ -97,7 +111,9 @@ def _drawn(alt: Any, lines: Lines, names: list[str], values: list[dict[str, Any]
     line = base.mark_line(strokeWidth=2, aria=False, clip=True)
     if several:
         line = line.encode(
-            strokeDash=alt.StrokeDash("series:N", scale=alt.Scale(domain=names, range=DASHES[: len(names)]))
+            strokeDash=alt.StrokeDash(
+                "series:N", scale=alt.Scale(domain=names, range=beside_colours(DASHES, len(names)))
+            )
         )
     few = len(values) <= 60 * len(names)
     dots = base.mark_circle(size=16 if few else 40, opacity=1 if few else 0).encode(description="tip:N")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atp.report.page.drawing import SERIES, SHAPES
+from atp.report.page.drawing import SHAPES, beside_colours, colours
 from atp.report.page.parts import Chart, Section, plain_table
 from atp.report.page.texts import short
 from atp.report.values import at, finite, mapping_at, number_at, text_at
@@ -101,8 +101,8 @@ def _chart(metric: str, models: Sequence[tuple[str, dict[str, Score]]]) -> Chart
 
 
 def _drawn(alt: Any, metric: str, tasks: list[str], names: list[str], values: list[dict[str, Any]]) -> Any:
-    scale = alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
-    shapes = alt.Scale(domain=names, range=[SHAPES[(i + i // len(SERIES)) % len(SHAPES)] for i in range(len(names))])
+    scale = alt.Scale(domain=names, range=colours(len(names)))
+    shapes = alt.Scale(domain=names, range=beside_colours(SHAPES, len(names)))
     legend = alt.Legend(title=None, orient="bottom", columns=2 if max(map(len, names)) < 20 else 1)
     base = alt.Chart(alt.Data(values=values)).encode(
         y=alt.Y("task:N", title=None, sort=tasks, scale=alt.Scale(paddingInner=0.25, paddingOuter=0.1)),
