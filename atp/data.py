@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from datasets import Dataset, load_dataset
@@ -35,6 +36,11 @@ class Row:
 
     prompt: str
     completion: str
+
+    @property
+    def blank(self) -> bool:
+        """Whether there is nothing but white space."""
+        return not f"{self.prompt}{self.completion}".strip()
 
     @property
     def fingerprint(self) -> str:
@@ -67,8 +73,8 @@ def read_rows(
     Args:
         sources: a path ending in .jsonl, .json or .ndjson (one JSON object a line), or a hub name; or several.
         split: the split taken of a hub data set; slices such as `train[:900]` work.
-        prompt, completion: `str.format` templates over a row's columns, e.g. `"Question: {question}\\nAnswer:"`;
-            without them a row must have `prompt` and `completion`, or `text`.
+        prompt, completion: `str.format` templates over a row's columns, none of them null, e.g.
+            `"Question: {question}\\nAnswer:"`; without them a row must have `prompt` and `completion`, or `text`.
 
     Raises:
         DataError: naming the file, and the line where there is one.
@@ -107,9 +113,18 @@ def fingerprint(rows: Iterable[Row]) -> str:
     return found.hexdigest()
 
 
+def windows_fingerprint(windows: Dataset) -> str:
+    """A hash of tokens and labels, in their order: equal where a model was measured on the very same windows."""
+    found = hashlib.sha256()
+    for window in windows:
+        found.update(json.dumps([window["input_ids"], window["labels"]]).encode() + b"\n")
+    return found.hexdigest()
+
+
 def check_disjoint(rows: Iterable[Row], held_out: Iterable[Row], names: tuple[str, str]) -> None:
-    """Raise `DataError` if the two share a row; `names` are what the message calls them."""
-    shared = {row.fingerprint for row in rows} & {row.fingerprint for row in held_out}
+    """Raise `DataError` if the two share a row that has text; `names` are what the message calls them."""
+    one, other = ({row.fingerprint for row in each if not row.blank} for each in (rows, held_out))
+    shared = one & other
     if shared:
         raise DataError(
             f"{len(shared)} row(s) are in both the {names[0]} and the {names[1]} set: results would be too good; "
@@ -125,7 +140,7 @@ def make_windows(
     completion_only: bool = False,
     progress: bool = True,
 ) -> Dataset:
-    """Tokenise `rows` into a data set of `input_ids` and `labels`.
+    """Tokenise the `rows` that have text into a data set of `input_ids` and `labels`.
 
     Args:
         max_length: packed windows have exactly this many tokens, the last incomplete one is dropped, and each begins
@@ -136,7 +151,7 @@ def make_windows(
     Raises:
         DataError: where nothing is left.
     """
-    examples = _tokenise(rows, tokenizer, completion_only, progress)
+    examples = _tokenise([row for row in rows if not row.blank], tokenizer, completion_only, progress)
     bos = tokenizer.bos_token_id
     windows = list(_pack(examples, max_length, bos) if packing else _cut(examples, tokenizer, max_length))
     if not windows:
@@ -196,6 +211,10 @@ def _record(line: str, where: str) -> Mapping[str, Any]:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (RecursionError, ValueError):
+        raise DataError(
+            f"{where}: cannot be read: nested too deeply, or a number of thousands of digits: leave the row out"
+        ) from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: must be a JSON object, found {type(record).__name__}")
     return record
@@ -218,8 +237,17 @@ def _read_hub(source: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _row(record: Mapping[str, Any], where: str, prompt: str | None, completion: str | None) -> Row:
-    if completion is not None:
-        return Row(_fill(prompt or "", record, where), _fill(completion, record, where))
+    if completion is None:
+        pair = _pair(record, where)
+    else:
+        pair = _fill(prompt or "", record, where), _fill(completion, record, where)
+    for text in pair:
+        _check_text(text, where)
+    return Row(*pair)
+
+
+def _pair(record: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Prompt and completion of a row that has them, or text."""
     if {"prompt", "completion"} <= record.keys():
         pair = record["prompt"], record["completion"]
     elif "text" in record:
@@ -231,7 +259,18 @@ def _row(record: Mapping[str, Any], where: str, prompt: str | None, completion: 
         )
     if not all(isinstance(part, str) for part in pair):
         raise DataError(f"{where}: `prompt`, `completion` and `text` must be strings")
-    return Row(*pair)
+    return pair
+
+
+def _check_text(text: str, where: str) -> None:
+    """JSON can name half of a character, as `\\ud83d`: no file can hold it, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        excerpt = text[max(0, error.start - 20) : error.start + 1]
+        raise DataError(
+            f"{where}: {excerpt!r} ends in half of a character (a lone surrogate): mend the text or leave the row out"
+        ) from None
 
 
 def _task_row(record: Mapping[str, Any], where: str) -> TaskRow:
@@ -248,6 +287,8 @@ def _task_row(record: Mapping[str, Any], where: str) -> TaskRow:
         raise DataError(f"{where}: `choices` must be a list of two strings or more, found {choices!r}")
     if type(label) is not int or not 0 <= label < len(choices):
         raise DataError(f"{where}: `label` must be a number from 0 to {len(choices) - 1}, found {label!r}")
+    for choice in choices:
+        _check_text(choice, where)
     if row.completion != choices[label]:
         raise DataError(
             f"{where}: choices[{label}] is {choices[label]!r}, the completion {row.completion!r}: make them equal"
@@ -257,11 +298,18 @@ def _task_row(record: Mapping[str, Any], where: str) -> TaskRow:
 
 def _fill(template: str, record: Mapping[str, Any], where: str) -> str:
     try:
-        return template.format(**record)
+        names = [name for _, name, _, _ in Formatter().parse(template) if name]
+        nulls = [name for name in names if Formatter().get_field(name, (), record)[0] is None]
+        filled = "" if nulls else template.format(**record)
     except (KeyError, IndexError, AttributeError, ValueError, TypeError) as error:
         raise DataError(
             f"{where}: template {template!r} does not fit: {error!r}; columns: {', '.join(record)}"
         ) from None
+    if nulls:
+        raise DataError(
+            f"{where}: `{nulls[0]}` is null, and template {template!r} takes it: fill it in or leave the row out"
+        )
+    return filled
 
 
 def _tokenise(
@@ -297,11 +345,14 @@ def _pack(examples: Iterable[_Example], max_length: int, bos: int | None) -> Ite
         begins = [bos] if bos is not None and example.ids[:1] == [bos] else []
         ids += example.ids
         labels += [IGNORED] * len(begins) + example.labels[len(begins) :]
-        while len(ids) >= max_length:
-            yield _Example(ids[:max_length], labels[:max_length], 0)
-            ids, labels = ids[max_length:], labels[max_length:]
-            if ids and ids[:1] != begins:
-                ids, labels = begins + ids, [IGNORED] * len(begins) + labels
+        start = 0
+        head: list[int] = []
+        while len(ids) - start >= max_length - len(head):
+            end = start + max_length - len(head)
+            yield _Example(head + ids[start:end], [IGNORED] * len(head) + labels[start:end], 0)
+            start, head = end, begins if ids[end : end + 1] not in ([], begins) else []
+        ids[:start] = head
+        labels[:start] = [IGNORED] * len(head)
 
 
 def _cut(examples: Iterable[_Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[_Example]:

@@ -25,6 +25,7 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
 
+from atp.checks import number, require
 from atp.config import ATPConfig, check_keys, read_yaml
 from atp.errors import ATPError, ConfigError
 
@@ -94,6 +95,10 @@ class DataSettings:
     task_rows: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("train", "validation", "calibration"):
+            sources = getattr(self, name)
+            named = not isinstance(sources, list) or all(isinstance(source, str) for source in sources)
+            require(self, name, named, "a file or hub name, or a list of them")
         if self.max_length < 2:
             raise ConfigError(f"data: max_length={self.max_length} is not allowed: it must be an integer >= 2")
         if self.validation_windows is not None and self.validation_windows < 1:
@@ -175,6 +180,9 @@ class Recipe:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
             if (size := self.training.get(name, 1)) < 1:
                 raise ConfigError(f"training: {name}={size} is not allowed: it must be an integer >= 1")
+        for name in ("learning_rate", "weight_decay", "adam_epsilon"):
+            if not number(value := self.training.get(name, 0)) or value < 0:
+                raise ConfigError(f"training: {name}={value} is not allowed: it must be a number >= 0")
         return _construct(TrainingArguments, defaults | self.training, "training")
 
 
@@ -239,9 +247,9 @@ def _switch(values: dict[str, Any], name: str) -> bool:
 
 
 def _atp_config(values: dict[str, Any]) -> ATPConfig:
-    preset = {"preset": values["preset"]} if "preset" in values else {}
-    rest = {key: value for key, value in values.items() if key != "preset"}
-    return ATPConfig.from_dict(preset | _checked(ATPConfig, rest, "atp", missing_allowed=True))
+    own = {key: value for key, value in values.items() if key in ("preset", "space")}  # which ATPConfig checks
+    rest = {key: value for key, value in values.items() if key not in own}
+    return ATPConfig.from_dict(own | _checked(ATPConfig, rest, "atp", missing_allowed=True))
 
 
 def _checked(cls: type, values: dict[str, Any], where: str, missing_allowed: bool = False) -> dict[str, Any]:

@@ -68,6 +68,36 @@ def test_paper_preset_and_numbers_that_yaml_takes_for_words():
     assert recipe.training["learning_rate"] == 5e-4
 
 
+@pytest.mark.parametrize("space", ["width+depth", "depth+width", ["width", "depth"], ["depth", "width"]])
+def test_a_space_is_words_joined_or_a_list_of_them(space):
+    assert Recipe.from_dict(MINIMAL | {"atp": {"space": space}}).atp == ATPConfig(space="width+depth")
+
+
+@pytest.mark.parametrize("space", [None, 3, [], ["width", 3], ["width", ["depth"]], {"width": "depth"}])
+def test_what_names_no_space_is_refused(space):
+    with pytest.raises(ConfigError, match=r"space=.* is not allowed"):
+        Recipe.from_dict(MINIMAL | {"atp": {"space": space}})
+
+
+@pytest.mark.parametrize("name", ["train", "validation", "calibration"])
+@pytest.mark.parametrize("sources", [["a.jsonl", 3], ["a.jsonl", None], [["a.jsonl"]]])
+def test_what_names_no_file_is_refused(name, sources):
+    with pytest.raises(ConfigError, match=rf"{name}=\[.*\] is not allowed: it must be a file or hub name"):
+        Recipe.from_dict(MINIMAL | {"data": MINIMAL["data"] | {name: sources}})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "adam_epsilon"])
+def test_what_no_optimizer_takes_is_refused(name, tmp_path):
+    def recipe(value):
+        words = (f"--training.{name}", value, "--output_dir", str(tmp_path))
+        return Recipe.from_dict(apply_overrides(MINIMAL, words))
+
+    for value in ("-1e-3", "nan", ".inf"):
+        with pytest.raises(ConfigError, match=f"training: {name}=.* is not allowed: it must be a number >= 0"):
+            recipe(value).training_arguments()
+    assert recipe("0").training_arguments().to_dict()[name] == 0
+
+
 @pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
 def test_no_is_a_word_where_it_is_one_of_those_to_choose_from(name, tmp_path):
     def recipe(*words):

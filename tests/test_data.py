@@ -5,6 +5,7 @@ import json
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from atp.commands.datasets import load_data
 from atp.data import (
     IGNORED,
     Row,
@@ -17,6 +18,8 @@ from atp.data import (
     read_task,
 )
 from atp.errors import DataError
+from atp.evaluation import continuation
+from atp.recipe import DataSettings
 from tests import tiny
 
 
@@ -51,6 +54,13 @@ def test_reads_pairs_text_templates_and_several_files(tmp_path):
             "needs columns `prompt` and `completion`, or `text`; found prompt, answer",
         ),
         ('{"text": 3}\n', "must be strings"),
+        ('{"text": "abc \\ud83d"}\n', r"line 1: 'abc \\ud83d' ends in half of a character"),
+        (
+            '{"prompt": "a", "completion": " b"}\n{"prompt": "\\ude00", "completion": " b"}\n',
+            "line 2: .* ends in half of",
+        ),
+        (f'{{"text": {"[" * 100_000}\n', "line 1: cannot be read: nested too deeply"),
+        (f'{{"text": "a", "id": {"1" * 5_000}}}\n', "line 1: cannot be read: .* a number of thousands of digits"),
     ],
 )
 def test_bad_files_are_one_line_that_says_where(tmp_path, content, message):
@@ -90,6 +100,7 @@ def test_fingerprints_tell_rows_and_their_order_apart():
     [
         ({"choices": [" c"]}, "line 1: `choices` must be a list of two strings or more"),
         ({"choices": None}, "line 1: `choices` must be a list of two strings or more, found None"),
+        ({"choices": [" \ud83d", " c"]}, r"line 1: ' \\ud83d' ends in half of a character"),
         ({"label": 2}, "line 1: `label` must be a number from 0 to 1, found 2"),
         ({"label": None}, "line 1: `label` must be a number from 0 to 1, found None"),
         ({"label": 0}, r"line 1: choices\[0\] is ' b', the completion ' c'"),
@@ -130,6 +141,23 @@ def test_missing_files_wrong_suffixes_and_templates_that_do_not_fit(tmp_path):
         read_rows(str(path), prompt="", completion=" {answer}")
 
 
+@pytest.mark.parametrize(
+    ("template", "record"),
+    [
+        (" {answer}", {"answer": None}),
+        (" {answer!r:>9}", {"answer": None}),
+        (" {answer[long][0]}", {"answer": {"long": [None]}}),
+    ],
+)
+def test_a_null_is_no_word_for_a_template(tmp_path, template, record):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(each) for each in ({"answer": {"long": ["b"]}}, record)))
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl, line 2: `answer.*` is null, and template ' {answer.*}' takes it"
+    ):
+        read_rows(str(path), prompt="", completion=template)
+
+
 def test_a_hub_set_that_cannot_be_read_is_a_data_error(monkeypatch):
     def refuse(name, config, split):
         raise ConnectionError(f"no network for {name} {config} {split}")
@@ -149,6 +177,19 @@ def test_shared_rows_are_refused_whatever_their_case_and_spacing():
     check_disjoint([Row("a", " b")], [Row("a", " c")], ("training", "validation"))
     with pytest.raises(DataError, match=r"1 row\(s\) are in both the training and the validation set"):
         check_disjoint([Row("A  question", " Yes")], [Row("", "a question yes")], ("training", "validation"))
+
+
+def test_rows_without_text_are_shared_by_all():
+    blank = [Row("", ""), Row(" ", "\n")]
+    check_disjoint([Row("a", " b"), *blank], [Row("a", " c"), *blank], ("training", "validation"))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_windows_have_nothing_of_rows_without_text(rows, packing):
+    tokenizer = tiny.tokenizer(bos=True)
+    with_blank = [Row("", ""), *rows[:5], Row(" ", "\n"), *rows[5:]]
+    found, expected = (make_windows(each, tokenizer, 16, packing, progress=False)[:] for each in (with_blank, rows))
+    assert found == expected
 
 
 def test_packed_windows_are_the_token_stream(rows, tokenizer):
@@ -211,3 +252,43 @@ def test_json_escapes_survive(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "Naïve?\n", "completion": " “yes”"}))
     assert read_rows(str(path)) == [Row("Naïve?\n", " “yes”")]
+
+
+def loaded(folder, validation, **changes):
+    """The data of a run, with these rows to measure on."""
+    path = folder / "validation.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in validation))
+    files = {"train": str(tiny.jsonl(folder / "train.jsonl", range(20))), "validation": str(path)}
+    settings = files | {"calibration": files["train"], "max_length": 16} | changes
+    return load_data(DataSettings(**settings), tiny.tokenizer(), progress=False)
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_samples_are_of_rows_with_text(tmp_path, blank):
+    texts = [blank, "a b", blank, blank, "c d", "e f", blank]
+    samples = loaded(tmp_path, [{"text": text} for text in texts], packing=False).samples
+    assert [row.prompt for row in samples] == ["a b", "c d", "e f"]
+    (sample, *_) = loaded(tmp_path, [{"prompt": blank, "completion": "a b"}], packing=False).samples
+    assert sample == Row("a b", "")
+
+
+def test_a_prompt_without_tokens_is_continued_by_nothing(tokenizer):
+    assert continuation(tiny.model(), tokenizer, "") == ""
+
+
+@pytest.mark.parametrize(
+    "changes", [{"validation_windows": 3}, {"max_length": 8}, {"packing": False}, {"completion_only": True}], ids=str
+)
+def test_other_windows_to_measure_have_another_fingerprint(tmp_path, changes):
+    rows = [tiny.row(i) for i in range(20, 30)]
+    one, again, other = (loaded(tmp_path, rows, **each).fingerprints for each in ({}, {}, changes))
+    assert one == again
+    assert one["validation"] != other["validation"]
+    train = fingerprint(Row(**tiny.row(i)) for i in range(20))
+    assert [(each["train"], each["calibration"]) for each in (one, other)] == [(train, train)] * 2
+
+
+def test_all_windows_have_one_fingerprint_however_they_are_asked_for(tmp_path):
+    rows = [tiny.row(i) for i in range(20, 30)]
+    one, other = (loaded(tmp_path, rows, validation_windows=each).fingerprints for each in (None, 1_000))
+    assert one == other

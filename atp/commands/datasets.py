@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from atp.data import Row, TaskRow, check_disjoint, fingerprint, make_windows, read_rows, read_task
+from atp.data import Row, TaskRow, check_disjoint, fingerprint, make_windows, read_rows, read_task, windows_fingerprint
 from atp.evaluation import check_tasks_available
 from atp.recipe import DataSettings
 from atp.subset import evenly_spread
@@ -21,7 +21,8 @@ class RunData:
 
     Attributes:
         samples: held-out rows that models continue, `completion` being how the text goes on.
-        fingerprints, rows: of every set, by name.
+        fingerprints: of every set's rows, by name, but for `validation` of the windows to measure.
+        rows: how many every set has.
     """
 
     train: Dataset
@@ -67,21 +68,23 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progre
         measured = measured.select(evenly_spread(len(measured), settings.validation_windows))
     named = {"train": train, "validation": validation, "calibration": calibration}
     sets = {name: found for name, found in named.items() if found} | {f"tasks/{n}": t for n, t in tasks.items()}
+    prints = {name: fingerprint(found) for name, found in sets.items()}
     return RunData(
         windows(train),
         measured,
         windows(calibration),
         tasks,
         samples=_samples(validation or []),
-        fingerprints={name: fingerprint(found) for name, found in sets.items()},
+        fingerprints=prints | ({} if measured is None else {"validation": windows_fingerprint(measured)}),
         rows={name: len(found) for name, found in sets.items()},
     )
 
 
 def _samples(rows: list[Row]) -> tuple[Row, ...]:
-    """A few rows, evenly spread; of plain text the beginning becomes the prompt."""
-    chosen = [rows[index] for index in evenly_spread(len(rows), _SAMPLES)] if rows else []
-    return tuple(row if row.prompt else _split(row.completion) for row in chosen)
+    """A few rows with text, evenly spread; of plain text the beginning becomes the prompt."""
+    written = [row for row in rows if not row.blank]
+    chosen = [written[index] for index in evenly_spread(len(written), _SAMPLES)]
+    return tuple(row if row.prompt.strip() else _split(row.completion) for row in chosen)
 
 
 def _split(text: str) -> Row:

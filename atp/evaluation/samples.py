@@ -8,10 +8,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 48) -> str:
     """What `model` writes after `prompt`: up to so many tokens, the likeliest at each place.
 
-    A prompt that leaves no room for them in the model's context loses its start.
+    A prompt that leaves no room for them in the model's context loses its start; one without tokens goes on with "".
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+    if not ids.numel():
+        return ""
     if longest is not None:
         ids = ids[:, -max(longest - new_tokens, 1) :]
     ids = ids.to(model.device)
