@@ -1,5 +1,6 @@
 """`atp.load`: an exported folder as a model to use, or a run as a model to go on with."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,19 @@ def adapter_of_run(path: Path) -> Path:
 def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None) -> ModelSettings:
     """Base model as given, else by what lies beside the adapter (the run's recipe, a pruned base), else by itself.
 
+    The recipe's dtype and quantisation hold also for one that is given.
+
     Raises:
         CheckpointError: where nothing says.
     """
+    recipe = adapter.parent / "recipe.yaml"
+    if recipe.is_file():
+        model = Recipe.from_yaml(recipe).model
+        if not (base or gguf_file):
+            return model
+        return dataclasses.replace(model, name_or_path=base or model.name_or_path, gguf_file=gguf_file)
     if base:
         return ModelSettings(base, gguf_file)
-    if (adapter.parent / "recipe.yaml").is_file():
-        return Recipe.from_yaml(adapter.parent / "recipe.yaml").model
     if (adapter.parent / "base" / "config.json").is_file():
         return ModelSettings(str(adapter.parent / "base"))
     try:

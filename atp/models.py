@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -23,6 +24,9 @@ from atp.errors import ATPError, ConfigError, ModelError, UnsupportedModelError,
 
 _OF_QUANTISED = {"hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"}
 """What loading notes on a quantised model."""
+
+_REPACKS = "support_avx512bf16_for_cpu"
+"""Attribute of bitsandbytes' 4-bit layers."""
 
 
 def load_model(
@@ -51,7 +55,9 @@ def load_model(
             "dtype": "float32" if dtype == "auto" else dtype,
         }
     loader = AutoModelForCausalLM if gguf_file else auto_class(load_config(name))
-    return text_model(load_with(loader, name, "model", arguments))
+    model = text_model(load_with(loader, name, "model", arguments))
+    keep_unpacked(model)
+    return model
 
 
 def load_config(name: str, gguf_file: str | None = None) -> PreTrainedConfig:
@@ -128,13 +134,26 @@ def quantised(model: PreTrainedModel, bits: int) -> PreTrainedModel:
         ConfigError: where bitsandbytes is not installed.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    return type(model).from_pretrained(
+    made = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=model.state_dict(),
         dtype=dtype,
         quantization_config=_quantised(bits, dtype),
     )
+    keep_unpacked(made)
+    return made
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Have bitsandbytes leave 4-bit weights as they are stored.
+
+    On a CPU with bfloat16 arithmetic it repacks them at the first forward in evaluation mode, and what dequantises them
+    afterwards, PEFT's merging too, gives other numbers.
+    """
+    for module in model.modules():
+        if hasattr(module, _REPACKS):
+            setattr(module, _REPACKS, False)
 
 
 def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
@@ -15,7 +16,8 @@ from atp import export, load
 from atp.errors import CheckpointError, ConfigError, ModelError
 from atp.export import export_adapter
 from atp.layers import attachment_of
-from atp.loading import load_dense
+from atp.loading import base_of, load_dense
+from atp.recipe import ModelSettings
 from tests import families, runs, tiny
 
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -146,3 +148,18 @@ def test_an_adapter_that_is_there_but_not_active_is_no_part_of_the_run(tmp_path,
     assert "cannot be loaded again" not in caplog.text
     loaded = load(tmp_path / "run", base=str(tmp_path / "base")).eval()
     assert families.relative_error(logits(loaded), logits(run.model.eval())) <= 1e-6
+
+
+def test_a_base_that_is_given_is_loaded_as_the_recipe_says(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    recipe = {
+        "model": {"name_or_path": "/nowhere", "dtype": "bfloat16", "load_in_4bit": True},
+        "data": {"train": "rows.jsonl"},
+        "output_dir": str(run),
+    }
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert base_of(run / "final", "/moved") == ModelSettings("/moved", dtype="bfloat16", load_in_4bit=True)
+    recipe["model"] = {"name_or_path": "/folder", "gguf_file": "old.gguf", "dtype": "float16"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert base_of(run / "final", None, "new.gguf") == ModelSettings("/folder", "new.gguf", dtype="float16")
+    assert base_of(run / "final", "/moved") == ModelSettings("/moved", dtype="float16")

@@ -1,10 +1,12 @@
 """What `atp train` says of a run in `metrics.json`: data, the base model, what came out of it, and what both write."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +18,8 @@ from atp.evaluation import continuation, folder_bytes, model_cost, perplexity, s
 from atp.models import load_model
 from atp.recipe import Recipe
 from atp.structure.sharding import is_sharded
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS = ("torch", "transformers", "peft", "accelerate", "datasets", "atp")
 
@@ -43,9 +47,19 @@ def run_results(
         tuned: what was trained, masks and adapter on it.
         base: `base_results`, where the base model was measured.
     """
-    model, cost = (_pruned if recipe.atp else _merged)(recipe, tuned)
-    texts = _written(model, tokenizer, data.samples)
-    before = base.pop("samples") if base else [None] * len(texts)
+    model = _pruned(recipe, tuned) if recipe.atp else _dense(recipe, tuned)
+    before = base.pop("samples") if base else [None] * len(data.samples)
+    try:
+        model = to_best_device(model)
+        found = {**_cost(recipe, model), **quality(model, tokenizer, data)}
+        texts: Sequence[str | None] = _written(model, tokenizer, data.samples)
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "atp: %s is complete, but there was no room on the GPU to measure the model beside what was trained: "
+            "atp eval does it",
+            recipe.output_dir,
+        )
+        found, texts = {}, [None] * len(data.samples)
     samples = [
         {"prompt": row.prompt, "reference": row.completion, "base": old, "result": new}
         for row, old, new in zip(data.samples, before, texts, strict=True)
@@ -53,8 +67,7 @@ def run_results(
     return {
         "data": _data(recipe, data),
         **({"base": base} if base else {}),
-        **cost,
-        **quality(model, tokenizer, data),
+        **found,
         "samples": samples,
         "versions": versions_of(*_VERSIONS),
     }
@@ -71,21 +84,29 @@ def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Ru
     return found
 
 
-def _pruned(recipe: Recipe, masked: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The exported folder as a stranger loads it, and what it costs; without one, the masked model."""
-    folder = Path(recipe.output_dir) / "pruned"
-    if not folder.is_dir():
-        return masked, {}
-    model = to_best_device(load_model(str(folder)))
-    return model, {"pruned": model_cost(model) | {"bytes": folder_bytes(folder)}}
+def _pruned(recipe: Recipe, masked: PeftModel) -> PreTrainedModel:
+    """The exported folder as a stranger loads it; without one, the masked model."""
+    folder = _export_of(recipe)
+    return load_model(str(folder)) if folder.is_dir() else masked
 
 
-def _merged(recipe: Recipe, tuned: PeftModel) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Merge the adapter as an export would: the dense model, and what it costs."""
+def _dense(recipe: Recipe, tuned: PeftModel) -> PreTrainedModel:
+    """The adapter is merged, but into quantised weights, where merging loses."""
     if any(is_sharded(parameter) for parameter in tuned.parameters()):  # the other processes have gone
         tuned = PeftModel.from_pretrained(base_model(recipe), str(Path(recipe.output_dir) / "final"))
-    model = tuned.merge_and_unload()
-    return model, {"tuned": model_cost(model)}
+    return tuned.get_base_model() if recipe.model.bits else tuned.merge_and_unload()
+
+
+def _cost(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:
+    """Of the exported or the dense model; a masked one costs what it cost."""
+    if not recipe.atp:
+        return {"tuned": model_cost(model)}
+    folder = _export_of(recipe)
+    return {"pruned": model_cost(model) | {"bytes": folder_bytes(folder)}} if folder.is_dir() else {}
+
+
+def _export_of(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir) / "pruned"
 
 
 def base_model(recipe: Recipe) -> PreTrainedModel:

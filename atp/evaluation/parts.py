@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.evaluation.speed import parameter_sizes
+
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
 _NORM = re.compile(r"norm|^ln_", re.IGNORECASE)
@@ -29,8 +31,9 @@ def parts(model: PreTrainedModel, prompt_tokens: int = 256, calls: int = 3) -> d
     found = _modules(model)
     if found is None:
         return None
-    counted = _parameters(found)
-    if sum(counted.values()) != sum(parameter.numel() for parameter in model.parameters()):
+    sizes = parameter_sizes(model)
+    counted = _parameters(found, sizes)
+    if sum(counted.values()) != sum(sizes.values()):
         return None
     took = _milliseconds(model, found, prompt_tokens, calls)
     return {name: {"parameters": counted[name], "ms": took[name]} for name in PARTS}
@@ -73,14 +76,14 @@ def _part(name: str, child: nn.Module) -> str | None:
     return "mlp" if _MLP.search(kind) or _MLP.search(name) else None
 
 
-def _parameters(found: dict[str, list[nn.Module]]) -> dict[str, int]:
+def _parameters(found: dict[str, list[nn.Module]], sizes: dict[int, int]) -> dict[str, int]:
     """Each parameter once, in the first part that has it."""
     seen: set[int] = set()
     counted = dict.fromkeys(PARTS, 0)
     for name in PARTS:
         for module in found[name]:
             for parameter in module.parameters():
-                counted[name] += 0 if id(parameter) in seen else parameter.numel()
+                counted[name] += 0 if id(parameter) in seen else sizes[id(parameter)]
                 seen.add(id(parameter))
     return counted
 

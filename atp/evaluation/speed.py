@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atp.structure.live import is_quantised
+
 _SHARES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 
 
@@ -63,8 +65,17 @@ def generation_speed(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of `model`; tied weights count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of `model`; tied weights count once, and packed ones for what they hold."""
+    return sum(parameter_sizes(model).values())
+
+
+def parameter_sizes(model: nn.Module) -> dict[int, int]:
+    """How many numbers each parameter of `model` stands for, by its `id`."""
+    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_quantised(module):
+            sizes[id(module.weight)] = module.in_features * module.out_features
+    return sizes
 
 
 def folder_bytes(path: str | Path) -> int:

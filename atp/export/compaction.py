@@ -30,7 +30,7 @@ from atp.errors import UnsupportedModelError
 from atp.export.remaining import Remaining
 from atp.export.stream import stream_cuts
 from atp.layers.compact import is_plain
-from atp.structure.live import active_adapters, base_layer, dequantised_weight, is_quantised
+from atp.structure.live import active_adapters, base_layer, dequantised_weight, is_quantised, require_unpacked
 from atp.structure.sharding import gathered
 from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
 
@@ -313,10 +313,6 @@ def _merged_quantised(layer: BaseTunerLayer, base: nn.Linear, path: str, dtype: 
 
 
 def _dequantised(module: nn.Linear, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-        raise UnsupportedModelError(
-            f"{path}: bitsandbytes repacked this 4-bit weight for CPU inference and cannot undo it exactly: export "
-            "before any forward in evaluation mode, or on a GPU"
-        )
+    require_unpacked(module, path)
     own = {"weight": dequantised_weight(module).to(dtype)}
     return own if module.bias is None else own | {"bias": module.bias.detach().to(dtype)}

@@ -16,8 +16,9 @@ from atp.layers.masked import AxisMask, LinearMasks, device_of, is_masked, mask_
 from atp.layers.shared import Shared, shared_inputs
 from atp.layers.skipping import Halves
 from atp.layers.swapping import has_own_forward
+from atp.models import keep_unpacked
 from atp.ops.selection import Selection
-from atp.structure.live import base_layer, causal_lm
+from atp.structure.live import base_layer, causal_lm, require_unpacked
 from atp.structure.space import MLP, Axis, Space
 
 _SLOT = "_atp_attachment"
@@ -274,6 +275,8 @@ def attach(model: nn.Module, space: Space) -> Attachment:
                 f"{linear.path} has been given a forward of its own, as accelerate gives one to layers of a model that "
                 "device_map spreads, and a mask on it would do nothing: load the model without device_map"
             )
+        require_unpacked(base_layer(lm.get_submodule(linear.path)), linear.path)
+    keep_unpacked(lm)
     attachment = Attachment(model, space)
     object.__setattr__(lm, _SLOT, attachment)
     return attachment

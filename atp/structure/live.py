@@ -58,6 +58,19 @@ def is_quantised(module: nn.Module) -> bool:
     return tuple(shape_of(module.weight)) != shape or not module.weight.is_floating_point()
 
 
+def require_unpacked(layer: nn.Module, path: str) -> None:
+    """Refuse a layer whose 4-bit weight bitsandbytes has repacked (`atp.models.keep_unpacked`).
+
+    Raises:
+        UnsupportedModelError: naming `path`.
+    """
+    if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise UnsupportedModelError(
+            f"{path}: bitsandbytes repacked this 4-bit weight for CPU inference and cannot undo it exactly: load the "
+            "model anew, and train or export before any forward in evaluation mode, or use a GPU"
+        )
+
+
 def dequantised_weight(layer: nn.Module) -> Tensor:
     """The weight of a linear layer as floating point, `(out_features, in_features)`; `layer` stays as it was."""
     stored = layer.weight
