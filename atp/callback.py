@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -134,6 +135,7 @@ class ATPCallback(TrainerCallback):
         """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
         self._feeder.join()
         _require_rows_of_its_own()
+        _require_one_gpu_each(args)
         _require_dense_reference(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         space = self._space(model)
@@ -322,6 +324,8 @@ class ATPCallback(TrainerCallback):
         return self._run
 
     def _space(self, model: nn.Module) -> Space:
+        if isinstance(model, FullyShardedDataParallel):
+            raise UnsupportedModelError("FSDP1 is not supported: set fsdp_version 2, as configs/accelerate/fsdp2.yaml")
         if not isinstance(model, PeftModel):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no LoRA: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
@@ -497,6 +501,15 @@ def _require_rows_of_its_own() -> None:
         raise UnsupportedModelError(
             "tensor, context and sequence parallelism are not supported, by which several processes share the pass of "
             "one row: shard the model with configs/accelerate/fsdp2.yaml or zero3.yaml instead"
+        )
+
+
+def _require_one_gpu_each(args: TrainingArguments) -> None:
+    """The Trainer would drive several by `nn.DataParallel`, whose copies share what is attached to the first."""
+    if args.n_gpu > 1:
+        raise UnsupportedModelError(
+            f"one process sees {args.n_gpu} GPUs: start the script with accelerate launch, which gives each its own, "
+            "or set CUDA_VISIBLE_DEVICES=0"
         )
 
 

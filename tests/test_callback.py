@@ -15,6 +15,7 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
@@ -652,3 +653,17 @@ def test_killed_in_the_middle_of_a_step_resumes_exactly(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=True)
     assert runs.same(runs.adapter(resumed), runs.adapter(whole))
     assert runs.same(decision(resumed), decision(whole))
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config())
+    run.args._n_gpu = 2
+    with pytest.raises(UnsupportedModelError, match="one process sees 2 GPUs: start the script with accelerate launch"):
+        run.train()
+
+
+def test_fsdp1_is_refused_by_name(tmp_path: Path) -> None:
+    run = runs.trainer(tmp_path, runs.config())
+    wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # which needs processes to be made
+    with pytest.raises(UnsupportedModelError, match="set fsdp_version 2"):
+        runs.callback_of(run)._space(wrapped)

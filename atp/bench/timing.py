@@ -11,6 +11,9 @@ from tqdm.auto import tqdm
 from atp.evaluation import peak_memory_mib, reset_peak_memory
 
 _MATMUL = 2048
+_MATMUL_ON_GPU = 8192
+"""Where a product of 2,048 rows is over before it is measured."""
+
 _COPY_BYTES = 256 << 20
 
 
@@ -75,14 +78,15 @@ def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1, quiet:
 
 def ceilings(device: torch.device, dtype: torch.dtype, calls: int = 5) -> dict[str, float]:
     """What this machine gives at best: `matmul_tflops` of a square product, and `copy_gb_per_s`, reads and writes."""
-    a, b = (torch.randn(_MATMUL, _MATMUL, device=device, dtype=dtype) for _ in range(2))
+    size = _MATMUL if device.type == "cpu" else _MATMUL_ON_GPU
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randn(_COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     matmul, copied = interleaved(
         [Case("matmul", lambda: a @ b), Case("copy", lambda: target.copy_(source))], calls, warmup_calls=2, quiet=True
     )
     return {
-        "matmul_tflops": 2 * _MATMUL**3 / matmul.median_ms / 1e9,
+        "matmul_tflops": 2 * size**3 / matmul.median_ms / 1e9,
         "copy_gb_per_s": 2 * _COPY_BYTES / copied.median_ms / 1e6,
     }
 

@@ -200,5 +200,6 @@ def fits(kept: Mapping[str, Tensor], another: Tensor) -> bool:
 def _spare_bytes(device: torch.device) -> int:
     """The same for all processes, so that they take the same layers at a time."""
     if device.type == "cuda":
-        return least(torch.cuda.mem_get_info(device)[0] // 3)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's to give
+        return least((torch.cuda.mem_get_info(device)[0] + unused) // 3)
     return 8 << 30

@@ -73,6 +73,7 @@ def _model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     body = {
         "__init__": init,
         "from_pretrained": classmethod(from_pretrained),
+        "_get_static_cache_init_shape": lambda _: None,  # as layers first run: one head count is not all layers'
         "__module__": __name__,
         "_auto_class": "AutoModelForCausalLM",
         "config_class": config_class,

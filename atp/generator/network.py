@@ -9,6 +9,7 @@ from all ones, or graded logits that reproduce a criterion's decision, which the
 import torch
 from torch import Tensor, nn
 
+from atp.randomness import drawn_aside
 from atp.structure.space import GroupSet, Space
 
 
@@ -25,8 +26,7 @@ class DecisionGenerator(nn.Module):
         super().__init__()
         self._sets = space.sets
         blocks = len(space.structure.blocks)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with drawn_aside(seed=seed):
             self.blocks = nn.Parameter(torch.randn(blocks, hidden_size))
             layer = nn.TransformerEncoderLayer(
                 hidden_size, heads, dim_feedforward=4 * hidden_size, dropout=0.0, batch_first=True, norm_first=True

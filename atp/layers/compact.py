@@ -3,9 +3,9 @@
 y = W[rows][:, cols] x[cols] + s B[rows] (A[:, cols] x[cols]), the values of the masked layer up to rounding. LoRA's A
 and B stay the parameters that they were, at full size, so that optimizer states, checkpoints and exports know nothing
 of it. What is kept of the base weight is copied where it is needed, in the dtype that the layer computes in: by a call
-of many tokens forwards and again backwards, so that one layer's copy exists at a time and a run needs no more memory
-than before; once for all calls where those are of few tokens, beside which copying would cost too much, or where a
-final decision leaves room for it (`copies_fit`).
+forwards and again backwards, so that one layer's copy exists at a time and a run needs no more memory than before; once
+for all calls where a final decision leaves room for it (`copies_fit`), and on CPUs for calls of few tokens in a row,
+beside which copying would cost too much.
 
 Between the layers of one block, KV groups and MLP channels that are gone are not there at all: attention and activation
 run on what is left. Residual dimensions are gathered and scattered, or multiplied by zero in the weight where so few
@@ -84,15 +84,15 @@ class CompactLinear:
     """One plain layer's kept part, or all of it where neither side loses anything.
 
     Attributes:
-        lasting: whether one copy of the kept weight serves all calls, also those of many tokens.
-        passing: whether a copy serves one call, also one of few tokens: the weight is whole only during it.
+        lasting: whether one copy of the kept weight serves all calls.
+        passing: whether a copy serves one call, whatever its size: the weight is whole only during it.
     """
 
     inputs: Side | None = None
     outputs: Side | None = None
     lasting: bool = False
     passing: bool = False
-    _copies: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _copy: Tensor | None = None
 
     def forward(self, module: nn.Module, x: Tensor) -> Tensor:
         """The layer's output from `x`, whose last dimension holds kept inputs or all of them, as `inputs` says."""
@@ -127,7 +127,7 @@ class CompactLinear:
 
     def forget(self) -> None:
         """Copy the base weight anew when it is next needed."""
-        self._copies.clear()
+        self._copy = None
 
     def _adapted(self, module: Any, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """What the base layer gives and adapters add to it: one operation where there is one, of the same precision."""
@@ -166,12 +166,16 @@ class CompactLinear:
         dtype = _computing_dtype(x, base.weight)
         if self.is_whole or (isinstance(module, LoraLinear) and module.merged):
             return self._weight(base, dtype), self._bias(base, dtype)
-        if self.passing or (not self.lasting and x.numel() >= WORTH_COPYING_AGAIN * x.shape[-1]):
+        if not self._keeps_copy(x):
+            self.forget()
             return partial(self._weight, base, dtype), self._bias(base, dtype)
-        if dtype not in self._copies:
-            self._copies.clear()
-            self._copies[dtype] = self._weight(base, dtype)
-        return self._copies[dtype], self._bias(base, dtype)
+        if self._copy is None or self._copy.dtype != dtype:
+            self._copy = self._weight(base, dtype)
+        return self._copy, self._bias(base, dtype)
+
+    def _keeps_copy(self, x: Tensor) -> bool:
+        few = x.is_cpu and x.numel() < WORTH_COPYING_AGAIN * x.shape[-1]
+        return not self.passing and (self.lasting or few)
 
     @torch.no_grad()
     def _weight(self, base: nn.Linear, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,7 @@ A PEFT LoRA layer is masked as a whole, so the masks act on the base path and th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +35,13 @@ class AxisMask:
         return cls(leaf, None if axis.is_identity else axis.owner.to(leaf.device), shared or Shared())
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x * mask` along the last dimension, in the dtype of `x`; the mask's gradient is summed in float32."""
+        """`x * mask` along the last dimension, in the dtype of `x`; see `_InHalf`."""
         return self.shared.of(x, self._times, (self.leaf._version, self.leaf.requires_grad))
 
     def _times(self, x: Tensor) -> Tensor:
         alone = self.owner is None or len(self.leaf) == 1
         mask = self.leaf if alone else self.leaf[self.owner]
-        return x * mask.to(x.dtype)
+        return _InHalf.apply(x, mask) if x.dtype == torch.float16 else x * mask.to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +105,21 @@ def _masked_forward(cls: type[nn.Module]) -> Callable:
 def device_of(module: nn.Module) -> torch.device:
     """Where a layer computes."""
     return next(module.parameters()).device
+
+
+class _InHalf(torch.autograd.Function):
+    """x * mask in float16, whose mask's gradient, a sum over all tokens and times a loss scale, is one of float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, mask)
+        return x * mask.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (of_y,), (x, mask) = gradients, ctx.saved_tensors
+        of_x, of_mask = ctx.needs_input_grad
+        return (
+            of_y * mask.to(of_y.dtype) if of_x else None,
+            (of_y.float() * x.float()).sum_to_size(mask.shape).to(mask.dtype) if of_mask else None,
+        )

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from atp.randomness import drawn_aside
 from atp.recovery.pairs import Half
 from atp.recovery.settings import RecoverySettings
 from atp.recovery.streams import Stream
@@ -40,7 +41,8 @@ def train_blocks(
             before the first epoch or after any.
     """
     blocks = nn.ModuleList(student.blocks[index] for index in indices)
-    with _seeded(settings.seed + indices[-1]), _in_float32(blocks), _trainable(blocks, settings) as parameters:
+    seed = settings.seed + indices[-1]
+    with drawn_aside(blocks, seed), _in_float32(blocks), _trainable(blocks, settings) as parameters:
         best, state = was, _copy(parameters) if settings.keep_best else []
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
         batches = stream.indices
@@ -60,14 +62,6 @@ def train_blocks(
                 best, state = now, _copy(parameters)
         for parameter, value in zip(parameters, state, strict=False):
             parameter.data.copy_(value)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Random numbers of its own, the same after an interruption; those of the user stay what they are."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

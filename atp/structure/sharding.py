@@ -68,6 +68,16 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.data
 
 
+def own_values(tensor: Tensor) -> Tensor:
+    """`held(tensor)`, without what ZeRO-3 fills a last part up with, which may be anything; flat where it does."""
+    own = held(tensor)
+    if not is_partitioned(tensor):
+        return own
+    zero: Any = tensor
+    before = distributed.get_rank(zero.ds_process_group) * own.numel()
+    return own[: max(zero.ds_numel - before, 0)]
+
+
 @torch.no_grad()
 def whole(tensor: Tensor, instead: Tensor | None = None) -> Tensor:
     """All of `tensor`, detached; `tensor` itself where it is whole. Collective.
@@ -126,7 +136,8 @@ def scale(parameter: Tensor, factors: Tensor) -> None:
         safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter) * part(parameter, factors))
     elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:  # ZeRO-1 and 2: a slice of it, flat
         begin, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        mapping.get_hp_fragment().mul_(factors.flatten()[begin : begin + length])
+        fragment = mapping.get_hp_fragment()
+        fragment.mul_(factors.flatten()[begin : begin + length].to(fragment.device))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from atp.data import causal, learned_tokens
 from atp.layers import Attachment
 from atp.processes import dealt, summed
+from atp.randomness import drawn_aside
 from atp.training.compensation import Compensation
 
 
@@ -78,7 +79,7 @@ class HeldOut:
         training = {module: module.training for module in self._model.modules()}
         self._model.eval()
         try:
-            with torch.random.fork_rng(), self._paused():
+            with drawn_aside(self._model), self._paused():
                 yield
         finally:
             for module, mode in training.items():

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from atp.processes import summed
-from atp.structure.sharding import held, is_sharded, part, replicas_of, scale, shape_of
+from atp.structure.sharding import is_sharded, own_values, part, replicas_of, scale, shape_of
 from atp.structure.space import Axis, Space
 
 
@@ -93,9 +93,9 @@ def pruned_share(space: Space, masks: Mapping[str, Tensor]) -> dict[str, float]:
 
 def _squares(parameter: Tensor, dim: int, axis: Axis, groups: int) -> Tensor:
     """Sum of squares of each group's weights, `(groups,)`: this process's summand, where it holds a part of them."""
-    own = held(parameter).float().square()
+    own = own_values(parameter).float().square()
     owner, found = axis.owner.to(own.device), torch.zeros(groups, device=own.device)
     if is_sharded(parameter):
-        owner = part(parameter, owner.unsqueeze(1 - dim).expand(shape_of(parameter)))
-        return found.index_add_(0, owner.flatten(), own.flatten()) / replicas_of(parameter)
+        owner = part(parameter, owner.unsqueeze(1 - dim).expand(shape_of(parameter))).flatten()[: own.numel()]
+        return found.index_add_(0, owner, own.flatten()) / replicas_of(parameter)
     return found.index_add_(0, owner, own.sum(1 - dim))

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,7 @@ from atp.config import ATPConfig
 from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.processes import counted, place
+from atp.randomness import drawn_aside
 from atp.training.compensation import Compensation
 from atp.training.distillation import Distillation
 from atp.training.held_out import HeldOut
@@ -153,5 +153,5 @@ class PruningRun:
         """The model's own loss on a calibration batch; the global random state (dropout) is left as it was."""
         device = next(self._model.parameters()).device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with torch.random.fork_rng(), self._distillation.paused() if self._distillation else nullcontext():
+        with drawn_aside(self._model), self._distillation.paused() if self._distillation else nullcontext():
             return self._model(**inputs).loss

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from atp.criteria import scores
+from atp.criteria import scores, statistics
 from atp.criteria.ranking import default_protect, rank, starting_logits
 from atp.criteria.statistics import curvatures
 from atp.criteria.surgeon import refitted, removal_costs
@@ -367,3 +367,10 @@ def test_whole_halves_are_ranked_by_their_scores(how: str, name: str) -> None:
     held = dict(zip((s.name for s in space.sets), space.group_parameters.tolist(), strict=True))
     ranked = rank(found | {half: (worth[half] * held[half])[None] for half in halves}, space, how, (0, 0))
     assert sorted(halves, key=lambda half: ranked[half].item()) == sorted(halves, key=lambda half: worth[half].item())
+
+
+def test_on_a_gpu_statistics_may_take_a_third_of_what_is_free_or_held_and_unused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30, 900))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 230)
+    assert statistics._spare_bytes(torch.device("cuda")) == 100

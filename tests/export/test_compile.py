@@ -29,3 +29,12 @@ def test_a_static_cache_gives_the_same_tokens(family, space):
     expected = model.generate(families.tokens()[:, :4], **settings)
     found = model.generate(families.tokens()[:, :4], cache_implementation="static", **settings)
     assert torch.equal(found, expected)
+
+
+@every_case
+def test_a_prompt_is_read_in_chunks_into_a_static_cache(family, space):
+    model = load(exported(family, space).folder).eval()
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(families.tokens()[:, :8], **settings)
+    found = model.generate(families.tokens()[:, :8], cache_implementation="static", prefill_chunk_size=4, **settings)
+    assert torch.equal(found, expected)

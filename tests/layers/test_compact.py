@@ -84,8 +84,9 @@ def test_a_block_may_lose_everything(family, space_name):
 
 
 def _copies_held(attachment):
-    """By each layer that loses something, the copies of its kept weight."""
-    return [masks_of(module).arithmetic._copies for module in attachment.modules.values() if is_masked(module)]
+    """By each layer that loses something, whether it holds a copy of its kept weight."""
+    arithmetics = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
+    return [arithmetic._copy is not None for arithmetic in arithmetics]
 
 
 @pytest.mark.parametrize("space_name", ["width", "disp"])
@@ -104,6 +105,22 @@ def test_calls_of_many_tokens_copy_the_base_weight_each_time(family, space_name,
     held = _copies_held(attachment)
     assert held
     assert not any(held)
+
+
+def test_copies_of_calls_of_few_tokens_go_with_the_next_of_many(monkeypatch):
+    model, attachment = _attached()
+    attachment.compact()
+    families.logits(model)
+    assert all(_copies_held(attachment))
+    monkeypatch.setattr(compact, "WORTH_COPYING_AGAIN", 2)
+    families.logits(model)
+    assert not any(_copies_held(attachment))
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_beside_a_gpu_no_copy_stays_that_has_no_room(lasting):
+    few = torch.empty(1, 4, 8, device="meta")  # not on a CPU either
+    assert compact.CompactLinear(lasting=lasting)._keeps_copy(few) == lasting
 
 
 def test_a_final_decision_is_copied_once_where_there_is_room(monkeypatch):

@@ -8,7 +8,8 @@ from atp.structure.budget import project
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
-from atp.training.proximal import proximal_step, pruned_share
+from atp.structure.space import Axis
+from atp.training.proximal import _squares, proximal_step, pruned_share
 from tests import runs
 
 
@@ -52,3 +53,18 @@ def test_nothing_pruned_nothing_shrunk() -> None:
     proximal_step(space, modules, space.full(), 0.01, 3.0)
     assert runs.same(before, dict(model.state_dict()))
     assert set(pruned_share(space, space.full()).values()) == {0.0}
+
+
+def test_what_fills_up_the_last_part_of_a_sharded_parameter_counts_for_no_group(monkeypatch) -> None:
+    """ZeRO-3 leaves memory as it was there: of ten numbers over four processes the last holds one and two of those."""
+    weight, axis = torch.arange(10.0).reshape(2, 5), Axis("mlp", torch.tensor([0, 0, 1, 1, 2]), 2)
+    parts = torch.cat([weight.flatten(), torch.full((2,), float("nan"))]).split(3)
+    found = torch.zeros(3)
+    for rank, own in enumerate(parts):
+        parameter = torch.nn.Parameter(torch.empty(0))
+        parameter.ds_tensor, parameter.ds_numel, parameter.ds_shape = own, 10, weight.shape
+        parameter.ds_process_group = None
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda _, rank=rank: rank)
+        found += _squares(parameter, 1, axis, 3)
+    whole = weight.square().sum(0)
+    assert torch.equal(found, torch.stack([whole[:2].sum(), whole[2:4].sum(), whole[4]]))

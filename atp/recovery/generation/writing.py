@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from atp.randomness import drawn_aside
 from atp.recovery.generation.settings import WritingSettings
 from atp.recovery.generation.starts import Start
 
@@ -46,8 +47,7 @@ class Writer:
         ids, attention = self._padded(starts)
         settings = self._settings
         greedy = _GreedyUntil(ids.shape[1] + settings.greedy_tokens)
-        with _as_told(self._model), torch.random.fork_rng(range(torch.cuda.device_count())):
-            torch.manual_seed(seed)
+        with _as_told(self._model), drawn_aside(self._model, seed):
             written = self._model.generate(
                 input_ids=ids,
                 attention_mask=attention,
