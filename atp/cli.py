@@ -34,6 +34,9 @@ COMMANDS = {
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
 
+_TORCH_CANNOT_WRITE = "unexpected pos"
+"""What `torch.save` says, in no `OSError`, where the disk has taken less than it was given."""
+
 
 class _Parser(argparse.ArgumentParser):
     """Says in one line, through `ConfigError`, what argparse says in several."""
@@ -76,11 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        again = "again with --resume" if hasattr(arguments, "resume") else "the same again"
-        return _refuse(f"{error.filename or 'output'}: the disk is full: free some space, then run {again}")
+        return _refuse(_full_disk(error.filename or "output", arguments))
+    except RuntimeError as error:
+        if _TORCH_CANNOT_WRITE not in str(error):
+            raise
+        return _refuse(_full_disk("a checkpoint", arguments))
     except KeyboardInterrupt:
         resumable = ": run the same again with --resume to go on from what it has saved"
         return _refuse(f"interrupted{resumable if hasattr(arguments, 'resume') else ''}", INTERRUPTED)
+
+
+def _full_disk(name: str, arguments: argparse.Namespace) -> str:
+    again = "again with --resume" if hasattr(arguments, "resume") else "the same again"
+    return f"{name}: the disk is full: free some space, then run {again}"
 
 
 def _check_place(option: str, file: Path) -> None:

@@ -25,6 +25,19 @@ def keep_apart(out: Path, *read: Path) -> None:
             raise ConfigError(f"{out} is or holds {source}, which would be replaced: choose another name")
 
 
+def check_place(folder: Path) -> None:
+    """Before the work whose results `folder` is to hold: see that it can be made and written.
+
+    Raises:
+        ConfigError: where it cannot.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{folder}: {there} is a file, no folder: choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: nothing can be written to {there}: choose another place")
+
+
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
     """A fresh folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
@@ -32,14 +45,15 @@ def written_beside(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: for any `OSError` inside the block or while renaming.
     """
-    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
+    place = out.resolve()
+    fresh = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    aside = place.with_name(f".{place.name}.{os.getpid()}.old")
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        if out.exists():
-            out.rename(aside)
-        _take_place(fresh, out, aside)
+        if place.exists():
+            place.rename(aside)
+        _take_place(fresh, place, aside)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{out} could not be written ({in_one_line(error)}): nothing was changed; free some space or choose "
@@ -56,11 +70,12 @@ def file_written_beside(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: for any `OSError` inside the block or while renaming.
     """
-    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    place = out.resolve()
+    fresh = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         yield fresh
-        fresh.replace(out)
+        fresh.replace(place)
     except OSError as error:
         raise CheckpointError(
             f"{out} could not be written ({in_one_line(error)}): nothing was changed; free some space or choose "
@@ -87,21 +102,24 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a whole file or none: beside it first, then rename.
+    """Write a whole file or none: beside it first, then rename. What a link points to is written, and a device.
 
     Raises:
         ATPError: where the folder is missing or the disk refuses.
     """
-    target = Path(path)
+    target, place = Path(path), Path(path).resolve()
     try:
-        descriptor, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        if target.exists() and not target.is_file():  # such as /dev/null
+            target.write_bytes(content)
+            return
+        descriptor, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     except OSError as error:
         raise ATPError(f"{target}: cannot be written: {error.strerror}: check that its folder exists") from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         os.chmod(beside, 0o644)
-        os.replace(beside, target)
+        os.replace(beside, place)
     except OSError as error:
         Path(beside).unlink(missing_ok=True)
         raise ATPError(f"{target}: cannot be written: {error.strerror}: free space or choose another path") from None

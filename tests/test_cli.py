@@ -3,11 +3,13 @@
 import csv
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,8 @@ from safetensors.torch import load_file
 
 from atp.cli import build_parser, main
 from atp.errors import ATPError
-from atp.files import write_json
+from atp.files import write_json, written_beside
+from atp.recipe import Recipe
 from tests import tiny
 
 README = Path(__file__).parents[1] / "README.md"
@@ -350,6 +353,56 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, capsys, monkeypatch):
     assert line.endswith("the disk is full: free some space, then run the same again")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_disk_that_is_full_when_torch_saves_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("atp.commands.train.Recipe.from_yaml", lambda *_: torch.save(torch.zeros(9999), "/dev/full"))
+    line = refused(capsys, "train", written(recipe, tmp_path))
+    assert line.endswith("a checkpoint: the disk is full: free some space, then run again with --resume")
+
+
+def test_a_run_that_ended_without_checkpoints_is_not_trained_again_by_resume(recipe, tmp_path, capsys):
+    recipe["training"]["save_strategy"] = "no"
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    before = (run / "metrics.json").read_bytes()
+    line = refused(capsys, "train", path)
+    assert "already holds a run: give --overwrite" in line
+    assert "no checkpoint to go on from" in refused(capsys, "train", path, "--resume")
+    assert (run / "metrics.json").read_bytes() == before
+    line = refused(capsys, "train", path, "--model.name_or_path", run / "pruned", "--overwrite")
+    assert "which would be replaced" in line
+    assert (run / "pruned" / "model.safetensors").is_file()
+
+
+def test_of_several_gpus_one_process_takes_one(recipe, tmp_path, caplog, monkeypatch):
+    arguments = Recipe.training_arguments
+
+    def seeing_two(self):
+        training = arguments(self)
+        training._n_gpu = 2
+        return training
+
+    monkeypatch.setattr(Recipe, "training_arguments", seeing_two)
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    assert "one of 2 GPUs: start it with accelerate launch" in caplog.text
+
+
+def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(recipe, tmp_path, caplog, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recipe["measure_base"] = False
+    monkeypatch.setattr("atp.commands.results.quality", full)
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    assert "is complete, but there was no room on the GPU to measure the model" in caplog.text
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["pruning"]["sparsity"] == pytest.approx(0.4, abs=0.05)
+    assert "validation" not in metrics
+    assert {sample["result"] for sample in metrics["samples"]} == {None}
+    assert (tmp_path / "run" / "pruned" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -427,6 +480,46 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(ATPError, match="cannot be written"):
         write_json(tmp_path / "none" / "results.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_results_are_written_to_where_a_link_points_and_into_what_is_no_file(tmp_path):
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    for value in (1, 2):
+        write_json(tmp_path / "link.json", {"a": value})
+        assert (tmp_path / "link.json").is_symlink()
+        assert json.loads((tmp_path / "there.json").read_text()) == {"a": value}
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit((tmp_path / "pipe").read_text)
+        write_json(tmp_path / "pipe", {"a": 3})
+        assert json.loads(read.result(timeout=10)) == {"a": 3}
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_folder_is_replaced_where_a_link_points(tmp_path, monkeypatch):
+    (tmp_path / "large" / "old").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "large")
+    with written_beside(tmp_path / "link") as fresh:
+        (fresh / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["large", "large/new", "link"]
+    monkeypatch.chdir(tmp_path / "large")
+    with written_beside(Path(".")) as fresh:
+        (fresh / "newer").touch()
+    assert [p.name for p in (tmp_path / "large").iterdir()] == ["newer"]
+
+
+def test_places_that_cannot_be_written_are_one_line_before_any_work(recipe, base, tmp_path, capsys, monkeypatch):
+    path, file = written(recipe, tmp_path), tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr("atp.commands.train.base_model", None)  # nothing is loaded
+    says = f"{file} is a file, no folder: choose another place"
+    assert says in refused(capsys, "train", path, "--output_dir", file)
+    assert says in refused(capsys, "train", path, "--output_dir", file / "run")
+    assert says in refused(capsys, "compare", path, "--out", file)
+    assert says in refused(capsys, "export", base, file / "out")
+    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)
+    assert f"nothing can be written to {tmp_path}" in refused(capsys, "train", path)
 
 
 def test_every_command_in_the_readmes_parses():

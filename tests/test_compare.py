@@ -4,6 +4,7 @@ Runs happen in this process, to be quick, but for tests of real children.
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
+from rich.console import Console
 
 from atp.cli import main
+from atp.commands import compare
 from atp.commands.comparison import child
 from tests import tiny
 
@@ -480,3 +483,28 @@ def test_rows_of_a_comparison_leave_the_values_by_row_in_the_runs_folder():
     kept = child._without_items(results)
     assert kept == results | {"tasks": {"finding": {"metric": "acc", "value": 0.5}}}
     assert child._without_items({"pruned": {}}) == {"pruned": {}}
+
+
+@pytest.mark.parametrize("folder", ["lr[bold]", "lr[/x]"])
+def test_a_folder_whose_name_looks_like_markup_is_shown_as_it_is(command, faked, monkeypatch, tmp_path, folder):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, color_system=None, width=1000)
+    monkeypatch.setattr(compare, "Console", lambda: terminal)
+    assert command("--strategies", "atp,paper", "--out", tmp_path / folder) == 0
+    assert f"({tmp_path / folder / 'runs' / 'atp-0.4-seed0' / 'train.log'})" in screen.getvalue()
+
+
+def test_a_run_that_could_not_be_measured_is_a_failed_run(command, faked, monkeypatch, tmp_path):
+    launch = child.launch
+
+    def unmeasured(arguments, log, jobs=1):
+        status = launch(arguments, log, jobs)
+        metrics = json.loads((log.parent / "metrics.json").read_text())
+        del metrics["validation"], metrics["pruned"]
+        (log.parent / "metrics.json").write_text(json.dumps(metrics))
+        return status
+
+    monkeypatch.setattr(child, "launch", unmeasured)
+    assert command("--strategies", "atp") == 1
+    error = rows(tmp_path / "run" / "compare" / "rows.jsonl")[0]["error"]
+    assert error == "there was no room on the GPU to measure it"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -237,6 +238,15 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(models, task, tmp_path
     task.write_text('{"prompt": "a", "completion": " b", "choices": [" b", " c"], "label": 2}\n')
     assert "`label` must be a number from 0 to 1" in refused(capsys, nowhere, "--tasks", task)
     assert "no such folder" in refused(capsys, nowhere, "--data", rows)
+
+
+def test_what_pairs_rows_is_asked_for_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    rows = tiny.jsonl(tmp_path / "rows.jsonl", range(3))
+    nowhere = (tmp_path / "nowhere", tmp_path / "neither")
+    assert "pip install 'atp[tasks]'" in refused(capsys, *nowhere, "--data", rows)
+    assert "no such folder" in refused(capsys, *nowhere)
+    assert "no such folder" in refused(capsys, nowhere[0], "--data", rows)
 
 
 def test_tasks_are_named_by_file_or_folder(task, tmp_path):

@@ -1,6 +1,7 @@
 """`atp generate`, in this process. Oracles: the files left behind, read as any other data; the dense tuned model."""
 
 import json
+import os
 import random
 import re
 import sys
@@ -196,9 +197,23 @@ def test_a_place_that_is_taken_or_cannot_be_written_is_refused(base, tmp_path, c
     replaced = ("rows.jsonl", "--overwrite", "--real", rows)
     assert "rows.jsonl is read, too, and would be replaced" in refused(capsys, base, *replaced)
     assert "ends in .jsonl" in refused(capsys, base, "out.txt")
-    assert "is no folder" in refused(capsys, base, "rows.jsonl/out.jsonl")
+    assert "is a file, no folder" in refused(capsys, base, "rows.jsonl/out.jsonl")
     assert "no such folder" in refused(capsys, "./nowhere", "out.jsonl", "--language", "none")
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(base, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def access(path, mode):
+        asked.append((Path(path), mode))
+        return False
+
+    monkeypatch.setattr("os.access", access)
+    line = refused(capsys, base, "made/new/out.jsonl", "--tokens", 20, "--language", "none")
+    assert line.endswith(f"made/new: nothing can be written to {tmp_path}: choose another place")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, OSError])

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from atp.cli import INTERRUPTED, main
+from atp.errors import UnsupportedModelError
 from tests import tiny
 from tests.recovery.interruption import cut_at_the_third
 from tests.test_cli import refused
@@ -39,8 +40,8 @@ def finished(tmp_path_factory):
         "measure_base": False,
         "output_dir": str(folder / "run"),
     }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", str(folder / "recipe.yaml")]) == 0
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(folder / "tiny.yaml")]) == 0
     return folder / "run"
 
 
@@ -82,6 +83,8 @@ def test_a_recovered_folder_is_one_like_pruned_with_better_weights(finished, tmp
     perplexity = found["overall"]["after"]["held_out"]["perplexity"]
     assert f"{perplexity:.4g}"[:4] in card.text
     assert "recovery" in card.text
+    assert "train.jsonl" in card.text, "what the run was trained on"
+    assert "learning_rate" in card.text
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -145,6 +148,28 @@ def test_an_interrupted_recovery_is_gone_on_with(finished, tmp_path, monkeypatch
     assert len(calls) == 5  # the third again, the fourth, and no other twice
     assert same(weights(whole), weights(cut))
     assert not list(tmp_path.glob(".cut*"))
+
+
+def test_an_interrupted_recovery_that_was_to_replace_another_is_gone_on_with(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert recover(finished, "--out", out, "--epochs", "1") == 0
+    before = weights(out)
+    cut_at_the_third(monkeypatch)
+    assert recover(finished, "--out", out, "--epochs", "2", "--overwrite") == INTERRUPTED
+    assert same(weights(out), before)
+    assert recover(finished, "--out", out, "--epochs", "2", "--resume") == 0
+    assert json.loads((out / "recovery.json").read_text())["settings"]["epochs"] == 2
+    assert "exists: give --overwrite" in refused(capsys, "recover", finished, "--out", out, *SMALL, "--resume")
+
+
+def test_what_is_refused_once_models_are_loaded_leaves_nothing_to_go_on_with(finished, tmp_path, capsys, monkeypatch):
+    def refuse(_):
+        raise UnsupportedModelError("no biases here")
+
+    monkeypatch.setattr("atp.commands.recover.add_writer_biases", refuse)
+    assert recover(finished, "--out", tmp_path / "out", "--biases") == 2
+    assert "no biases here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_recovery_is_gone_on_with(finished, tmp_path):

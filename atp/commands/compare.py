@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.text import Text
 
 from atp.checks import positive
 from atp.commands.comparison.child import remove_weights, run_child, stop_children
@@ -23,7 +24,7 @@ from atp.commands.comparison.plan import Run, check_plan, differences, make_plan
 from atp.commands.comparison.results import report
 from atp.config import COMPENSATIONS, CRITERIA, RANKINGS
 from atp.errors import ConfigError
-from atp.files import write_json
+from atp.files import check_place, write_json
 from atp.recipe import Recipe
 from atp.strategies import DENSE, FREEZE_AT, ONE_STAGE
 
@@ -86,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
             "again, or another --out"
         )
     check_plan(recipe, plan)
+    check_place(out / "runs")
     (out / "runs").mkdir(parents=True, exist_ok=True)
     try:
         with _alone_in(out), _terminate_like_ctrl_c():
@@ -180,9 +182,9 @@ def _say_what_has_no_scores(recipe: Recipe, rows: Mapping[str, Row], journal: Pa
         )
 
 
-def _waiting(done: int, plan: Sequence[Run], left: Sequence[Run], jobs: int) -> str:
+def _waiting(done: int, plan: Sequence[Run], left: Sequence[Run], jobs: int) -> Text:
     names = ", ".join(f"{one.title} ({one.recipe.output_dir}/train.log)" for one in left[:jobs])
-    return f"{done} of {len(plan)} finished; running {names}"
+    return Text(f"{done} of {len(plan)} finished; running {names}")
 
 
 def _outcome(row: Row) -> str:

@@ -36,6 +36,7 @@ from atp.evaluation import (
     release_memory,
     reset_peak_memory,
 )
+from atp.evaluation.statistics import scipy
 from atp.files import write_json
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
@@ -120,6 +121,8 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = find_tasks(arguments.tasks, arguments.task_rows, arguments.include_path)
     check_gates(gates, bool(arguments.data), not arguments.no_speed, tasks.metrics, arguments.baseline)
     rows = _rows(arguments)
+    if len(names) > 1 and (rows or tasks.metrics):
+        scipy()  # not found missing once all is measured
     models = [_measure(name, rows, tasks, arguments) for name in names]
     first = names.index(arguments.baseline) if arguments.baseline is not None else 0
     others = [model for index, model in enumerate(models) if index != first]

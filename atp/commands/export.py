@@ -17,7 +17,7 @@ from atp.errors import ATPError, CheckpointError, ConfigError
 from atp.evaluation import count_parameters, folder_bytes
 from atp.export import export, export_adapter
 from atp.export.card import About
-from atp.files import keep_apart, write_json
+from atp.files import check_place, keep_apart, write_json
 from atp.loading import adapter_folder, base_of, load
 from atp.models import load_tokenizer
 from atp.structure.live import is_adapters
@@ -77,6 +77,7 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
     if arguments.format == "gguf" and (out.suffix != ".gguf" or out.is_dir()):
         raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
     keep_apart(out, Path(arguments.run_dir))
+    check_place(out.absolute().parent)
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: choose another name or give --overwrite")
 

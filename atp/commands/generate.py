@@ -20,7 +20,7 @@ from atp.commands.output import print_table
 from atp.commands.versions import versions_of
 from atp.data import Row, fingerprint, read_rows
 from atp.errors import CheckpointError, ConfigError
-from atp.files import file_written_beside, write_json
+from atp.files import check_place, file_written_beside, write_json
 from atp.loading import adapter_folder, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
@@ -113,9 +113,7 @@ def _check_out(out: Path, arguments: argparse.Namespace) -> None:
     for read in (arguments.prompts, arguments.real, *arguments.disjoint_from):
         if read and Path(read).resolve() == out.resolve():
             raise ConfigError(f"{out} is read, too, and would be replaced: choose another name")
-    folder = next(folder for folder in out.absolute().parents if folder.exists())
-    if not folder.is_dir():
-        raise ConfigError(f"{out}: {folder} is no folder: choose another name")
+    check_place(out.absolute().parent)
 
 
 def _mix(arguments: argparse.Namespace) -> Mix:

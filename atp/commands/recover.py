@@ -22,14 +22,14 @@ from atp.commands.evaluation.sources import Tasks, find_tasks
 from atp.commands.models import best_device, to_best_device
 from atp.commands.output import print_table
 from atp.commands.recovery.texts import Size, as_windows, read_texts
-from atp.commands.recovery.work import begin, work_folder
+from atp.commands.recovery.work import begin, check, work_folder
 from atp.commands.versions import versions_of
 from atp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from atp.evaluation import peak_memory_mib, reset_peak_memory
 from atp.export import load as load_exported
 from atp.export.card import Result
 from atp.export.reweighting import add_writer_biases, write_reweighted
-from atp.files import keep_apart, write_json, written_beside
+from atp.files import check_place, keep_apart, write_json, written_beside
 from atp.loading import adapter_folder, adapter_of_run, base_of, load_dense
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES, ModelSettings, Recipe
@@ -58,6 +58,7 @@ class _Job:
     """A run's folder, checked: what it tuned, what is to be recovered, and where to."""
 
     run: Path
+    adapter: Path
     base: ModelSettings
     pruned: Path
     out: Path
@@ -131,11 +132,12 @@ def run(arguments: argparse.Namespace) -> None:
         "data": {name: texts[name].about() if name in texts else None for name in (CALIBRATION, HELD_OUT, OTHER)},
     }
     work = work_folder(job.out)
-    begin(work, about, arguments.resume, arguments.overwrite)
+    check(work, about, arguments.resume, arguments.overwrite)
     measurable = reset_peak_memory()
     teacher, student = _models(arguments, job)
     if arguments.biases:
         add_writer_biases(student)
+    begin(work, about, arguments.resume)
     scores = _scores(student, tokenizer, tasks, arguments.task_rows)
     outcome = recover(teacher, student, as_windows(texts), settings, work, best_device())
     after = _scores(student, tokenizer, tasks, arguments.task_rows) if outcome.kept else scores
@@ -163,14 +165,16 @@ def _job(arguments: argparse.Namespace) -> _Job:
             f"{pruned}: no exported model here: give --pruned, or write one with: atp export {folder} {pruned}"
         )
     out = Path(arguments.out or folder / RECOVERY.parent)
-    if out.exists() and not arguments.overwrite:
+    check_place(out.absolute().parent)
+    goes_on = arguments.resume and work_folder(out).exists()  # one that was to replace `out`
+    if out.exists() and not (arguments.overwrite or goes_on):
         raise CheckpointError(f"{out} exists: give --overwrite, or another --out")
     if arguments.task_rows is not None and arguments.task_rows < 1:
         raise ConfigError("--task-rows must be an integer >= 1")
     recipe = folder / "recipe.yaml"
     base = base_of(adapter, arguments.base, arguments.gguf_file)
     keep_apart(out, folder, adapter, pruned, Path(base.name_or_path), Path(arguments.teacher or folder))
-    return _Job(folder, base, pruned, out, Recipe.from_yaml(recipe) if recipe.is_file() else None)
+    return _Job(folder, adapter, base, pruned, out, Recipe.from_yaml(recipe) if recipe.is_file() else None)
 
 
 def _is_exported(folder: Path) -> bool:
@@ -217,7 +221,7 @@ def _write(job: _Job, student: PreTrainedModel, results: Mapping[str, Any]) -> N
     with written_beside(job.out) as fresh:
         write_reweighted(job.pruned, student, fresh)
         write_json(fresh / RECOVERY.name, results)
-        about = about_run(job.run, job.base)
+        about = about_run(job.adapter, job.base)
         names = ", ".join(Path(name).name for name in held_out["sources"])
         note = f"{held_out['tokens']:,} tokens, by which recovery was kept or not"
         result = Result(names, "perplexity", now["perplexity"], note)

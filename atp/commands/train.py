@@ -29,7 +29,7 @@ from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.files import write_json, write_text
+from atp.files import check_place, keep_apart, write_json, write_text
 from atp.journal import JOURNAL
 from atp.models import load_tokenizer
 from atp.recipe import Recipe, refused_by_library
@@ -39,7 +39,8 @@ from atp.training.state import set_aside_unfinished
 logger = logging.getLogger(__name__)
 
 _RUN_FILES = (
-    *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned", "recovered", ".recovered.unfinished"),
+    *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned", "recovered"),
+    *(".final.*", ".pruned.*", ".recovered.*"),  # of what was interrupted
     *("metrics.json", "recipe.yaml", "report.html", JOURNAL),
 )
 
@@ -60,9 +61,12 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = Recipe.from_yaml(arguments.config, arguments.overrides)
     lora = recipe.lora_config()
     training = recipe.training_arguments()
+    _take_one_gpu(training)
     first = training.process_index == 0
     with training.main_process_first(local=False, desc="checkpoints"):
         checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite, first)
+        if arguments.overwrite:
+            _keep_what_is_read(recipe)
     if first and training.bf16 and not computes_in_bf16():
         logger.warning("atp: this CPU has no bfloat16 arithmetic: --training.bf16 false is several times faster here")
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
@@ -122,20 +126,41 @@ def _write(recipe: Recipe, results: dict[str, Any]) -> None:
     print_report(write_report(recipe.output_dir))
 
 
+def _take_one_gpu(training: TrainingArguments) -> None:
+    """Not all: by `nn.DataParallel` the Trainer would train on more rows a step, and masks cannot follow."""
+    if training.n_gpu > 1:
+        logger.warning(
+            "atp: this run computes on one of %d GPUs: start it with accelerate launch to use all", training.n_gpu
+        )
+        training._n_gpu = 1  # as the Trainer itself does for models that several GPUs hold
+
+
+def _keep_what_is_read(recipe: Recipe) -> None:
+    base = Path(recipe.model.name_or_path)
+    for path in _left_by_a_run(Path(recipe.output_dir)):
+        keep_apart(path, base)
+
+
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
     if resume and first:
         set_aside_unfinished(output_dir)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
-    if resume:
-        return _intact(Path(found)) if found else None
-    if not overwrite and (found or (output_dir / "metrics.json").exists() or (output_dir / "pruned").exists()):
+    if resume and found:
+        return _intact(Path(found))
+    finished = (output_dir / "metrics.json").exists() or (output_dir / "pruned").exists()
+    if finished and resume:
         raise ConfigError(
-            f"output_dir {output_dir} already holds a run: give --resume to go on, --overwrite to start again, "
-            "or another --output_dir"
+            f"output_dir {output_dir} holds a finished run and no checkpoint to go on from: give --overwrite to start "
+            "again, or another --output_dir"
         )
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"output_dir {output_dir} is a file: give a folder")
+    if (found or finished) and not overwrite:
+        goes_on = "--resume to go on, " if found else ""
+        raise ConfigError(
+            f"output_dir {output_dir} already holds a run: give {goes_on}--overwrite to start again, or another "
+            "--output_dir"
+        )
+    check_place(output_dir)
     return None
 
 
@@ -156,9 +181,12 @@ def _intact(checkpoint: Path) -> str:
 
 def _prepare(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    for pattern in _RUN_FILES if overwrite else ():
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _left_by_a_run(output_dir) if overwrite else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _left_by_a_run(output_dir: Path) -> list[Path]:
+    return [path for pattern in _RUN_FILES for path in output_dir.glob(pattern)]
 
 
 def _write_recipe(recipe: Recipe) -> None:

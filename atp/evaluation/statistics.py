@@ -108,7 +108,7 @@ def unpaired(baseline: float, value: float) -> Difference:
 def _mcnemar(baseline: NDArray[np.float64], other: NDArray[np.float64]) -> float:
     """McNemar (1947), exact: of the rows that one got right and the other wrong, half are expected to be either's."""
     lost, won = int((baseline > other).sum()), int((other > baseline).sum())
-    return float(_scipy().binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return float(scipy().binomtest(won, won + lost).pvalue) if won + lost else 1.0
 
 
 def _permuted(baseline: Items, other: Items, metric: Metric) -> float:
@@ -119,7 +119,7 @@ def _permuted(baseline: Items, other: Items, metric: Metric) -> float:
         assert axis == -1
         return metric(_taken(both, y)) - metric(_taken(both, x))
 
-    found = _scipy().permutation_test(
+    found = scipy().permutation_test(
         (np.arange(rows), np.arange(rows, 2 * rows)),
         difference,
         permutation_type="samples",
@@ -132,7 +132,12 @@ def _permuted(baseline: Items, other: Items, metric: Metric) -> float:
     return float(found.pvalue)
 
 
-def _scipy() -> Any:
+def scipy() -> Any:
+    """What pairs rows: `scipy.stats`.
+
+    Raises:
+        ConfigError: where it is not installed.
+    """
     try:
         return importlib.import_module("scipy.stats")
     except ImportError:

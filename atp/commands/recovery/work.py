@@ -18,8 +18,8 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.unfinished")
 
 
-def begin(work: Path, about: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
-    """Make `work` anew, or see that what lies in it is of the same recovery.
+def check(work: Path, about: Mapping[str, Any], resume: bool, overwrite: bool) -> None:
+    """Before anything is loaded: see that what lies in `work` may go, or is of the same recovery.
 
     Args:
         about: plain values that tell one recovery from another.
@@ -40,6 +40,12 @@ def begin(work: Path, about: Mapping[str, Any], resume: bool, overwrite: bool) -
             raise CheckpointError(
                 f"{work} was left with another {', '.join(changed)}: use the same, or --overwrite to start again"
             )
+
+
+def begin(work: Path, about: Mapping[str, Any], resume: bool) -> None:
+    """Go on in `work`, which has been checked, or make it anew."""
+    file = work / _SETTINGS
+    if resume and file.is_file():
         for stream in work.glob(f"{STREAMS}*"):  # of a process that was killed
             shutil.rmtree(stream, ignore_errors=True)
         return
