@@ -135,9 +135,9 @@ class ATPCallback(TrainerCallback):
         """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
         self._feeder.join()
         _require_rows_of_its_own()
-        _require_one_gpu_each(args)
         _require_dense_reference(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        _require_one_gpu_each(args, model)
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._let_go(model)
@@ -504,9 +504,10 @@ def _require_rows_of_its_own() -> None:
         )
 
 
-def _require_one_gpu_each(args: TrainingArguments) -> None:
-    """The Trainer would drive several by `nn.DataParallel`, whose copies share what is attached to the first."""
-    if args.n_gpu > 1:
+def _require_one_gpu_each(args: TrainingArguments, model: nn.Module) -> None:
+    """The Trainer drives several by `nn.DataParallel`, but for quantised models; copies share what the first has."""
+    whole = not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if args.n_gpu > 1 and whole:
         raise UnsupportedModelError(
             f"one process sees {args.n_gpu} GPUs: start the script with accelerate launch, which gives each its own, "
             "or set CUDA_VISIBLE_DEVICES=0"

@@ -660,6 +660,8 @@ def test_several_gpus_of_one_process_are_refused(tmp_path: Path) -> None:
     run.args._n_gpu = 2
     with pytest.raises(UnsupportedModelError, match="one process sees 2 GPUs: start the script with accelerate launch"):
         run.train()
+    run.model.get_base_model().is_loaded_in_4bit = True  # which the Trainer leaves on its own GPU
+    assert run.train().global_step > 0
 
 
 def test_fsdp1_is_refused_by_name(tmp_path: Path) -> None:
