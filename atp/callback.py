@@ -6,6 +6,7 @@ leaves `output_dir/final/` (adapter, decision, generator) and `output_dir/pruned
 unmodified `Trainer`, an unmodified TRL `SFTTrainer`, and a `DPOTrainer` with `precompute_ref_log_probs=True`.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,10 +37,10 @@ from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm
 from atp.structure.sharding import held, is_sharded, settle, whole
-from atp.structure.space import Space
+from atp.structure.space import HIDDEN, Space
 from atp.subset import evenly_spread
 from atp.trackers import Feeder
-from atp.training.calibration import check_disjoint
+from atp.training.calibration import check_disjoint, indexable, with_columns_of
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.monitor import Monitor
@@ -51,6 +52,7 @@ from atp.training.state import (
     not_finished_yet,
     save_state,
     set_aside_unfinished,
+    under,
 )
 
 logger = logging.getLogger(__name__)
@@ -98,7 +100,9 @@ class ATPCallback(TrainerCallback):
         self._loss_scale = 1.0
         self._saved_step: int | None = None
         self._saves_after_evaluation = False
-        self._checked: list[Any] = []
+        self._checked: dict[Any, Any] = {}
+        self._stopped = False
+        self._evaluated_step: int | None = None
 
     @property
     def learner(self) -> DecisionLearner:
@@ -138,6 +142,7 @@ class ATPCallback(TrainerCallback):
         _require_dense_reference(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         _require_one_gpu_each(args, model)
+        _require_what_can_be_followed(args, state, self.config)
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._let_go(model)
@@ -189,7 +194,8 @@ class ATPCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """As `on_step_end`."""
+        """As `on_step_end`; what an alert has stopped is saved, whatever an evaluation has decided since."""
+        control.should_save |= self._stopped and self._saved_step != state.global_step
         self._before_evaluation_and_saving(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -202,17 +208,19 @@ class ATPCallback(TrainerCallback):
         if monitor.held_out is None:
             self._watch(getattr(kwargs.get("eval_dataloader"), "dataset", None))
         decided = learner.step >= learner.schedule.start_step
-        monitor.measure_held_out(state.global_step, dense=not learner.frozen, pruned=decided)
+        if self._evaluated_step != state.global_step:  # by another of several sets
+            monitor.measure_held_out(state.global_step, dense=not learner.frozen, pruned=decided)
+        self._evaluated_step = state.global_step
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Once a set: refuse an evaluation set that shares a row with the calibration set."""
         dataset = getattr(kwargs.get("eval_dataloader"), "dataset", None)
-        if dataset is None or not hasattr(dataset, "__len__") or any(dataset is one for one in self._checked):
-            return
-        check_disjoint(self._calibration_hashes, dataset)
-        self._checked.append(dataset)
+        name = getattr(dataset, "_fingerprint", None) or id(dataset)  # the Trainer makes a new one for each evaluation
+        if indexable(dataset) and name not in self._checked:
+            check_disjoint(self._calibration_hashes, dataset)
+            self._checked[name] = None if isinstance(name, str) else dataset  # an `id` is free again without it
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what happened into the Trainer's own log and the journal; act on alerts."""
@@ -223,7 +231,7 @@ class ATPCallback(TrainerCallback):
             return
         alerts = self._monitor.log(state.global_step, kwargs["logs"])
         if self.config.on_alert == "stop" and counted(len(alerts)):
-            control.should_training_stop = control.should_save = True
+            control.should_training_stop = control.should_save = self._stopped = True
             logger.warning("atp: training stops at step %d, for on_alert='stop'; it is saved", state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -279,9 +287,10 @@ class ATPCallback(TrainerCallback):
 
     def _watch(self, rows: Any) -> None:
         """Take a few of these rows to watch the dense and the pruned model on."""
-        if rows is not None and hasattr(rows, "__len__") and hasattr(rows, "__getitem__"):
+        if indexable(rows):
             chosen_rows = [rows[index] for index in evenly_spread(len(rows), HELD_OUT_ROWS)]
-            self._watching().held_out = self._running().held_out(chosen_rows)
+            held_out = self._running().held_out(chosen_rows)
+            self._watching().held_out = held_out if held_out.is_labelled else None
 
     def _watching(self) -> Monitor:
         assert self._monitor is not None
@@ -352,7 +361,7 @@ class ATPCallback(TrainerCallback):
     def _start(
         self, args: TrainingArguments, state: TrainerState, model: nn.Module, loader: DataLoader, attachment: Attachment
     ) -> None:
-        self._checked, self._saved_step = [], None
+        self._checked, self._saved_step, self._evaluated_step, self._stopped = {}, None, None, False
         self._run = run = PruningRun(
             self.config,
             model,
@@ -360,14 +369,14 @@ class ATPCallback(TrainerCallback):
             loader,
             self._given_calibration,
             total_steps=state.max_steps,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=state.train_batch_size or args.per_device_train_batch_size,
             micro_batches=args.gradient_accumulation_steps,
             ranks=args.world_size if args.average_tokens_across_devices else 1,
             quiet=args.disable_tqdm or not state.is_world_process_zero,
         )
         self._calibration_hashes = run.calibration.hashes() if run.calibration else set()
         self._monitor = Monitor(run.learner, Path(args.output_dir), state.is_world_process_zero, LOG_PREFIX)
-        self._watch(self._held_out)
+        self._watch(with_columns_of(self._held_out, loader.dataset))
         self._monitor.begin(state.global_step)
         if state.global_step == 0:
             self._monitor.measure_held_out(0, dense=True, pruned=False)
@@ -417,7 +426,11 @@ class ATPCallback(TrainerCallback):
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self._resume_from or args.resume_from_checkpoint
-        return Path(given) if isinstance(given, str | Path) and given else _checkpoint(args, state)
+        if isinstance(given, str | Path) and given:
+            return Path(given)
+        found = _checkpoint(args, state)
+        _require_resumed(found, state)
+        return found
 
     def _evaluation(self, args: TrainingArguments, state: TrainerState) -> Mapping[str, Any] | None:
         """The log of the last evaluation, or of the best checkpoint if that is kept, if it saw the final decision."""
@@ -484,13 +497,12 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
     tensors, values = load_state(Path(final) / FOLDER)
     config = ATPConfig.from_dict(values["config"])
     space = build_space(discover(model), config.space, config.uniform, config.round_to)
-    masks = {k.removeprefix("decision."): v for k, v in tensors.items() if k.startswith("decision.")}
+    masks = under(tensors, "decision.")
     if {s.name: (s.size,) for s in space.sets} != {k: tuple(v.shape) for k, v in masks.items()}:
         raise CheckpointError(f"{final}: holds a decision for another model: give the base model it was trained on")
     attachment = attach(model, space)
     attachment.set_masks(masks)
-    changed = {k.removeprefix(COMPENSATED): v for k, v in tensors.items() if k.startswith(COMPENSATED)}
-    load_compensated(attachment, changed)
+    load_compensated(attachment, under(tensors, COMPENSATED))
     return attachment
 
 
@@ -514,6 +526,31 @@ def _require_one_gpu_each(args: TrainingArguments, model: nn.Module) -> None:
         )
 
 
+def _require_what_can_be_followed(args: TrainingArguments, state: TrainerState, config: ATPConfig) -> None:
+    """Settings of the Trainer under which gradients, checkpoints or the stream are not where they are looked for."""
+    if state.is_hyper_param_search:
+        raise UnsupportedModelError(
+            "hyperparameter_search keeps checkpoints where callbacks are not told of: use atp compare, or a Trainer of "
+            "its own for each trial"
+        )
+    if getattr(args, "enable_jit_checkpoint", False):
+        raise UnsupportedModelError(
+            "enable_jit_checkpoint saves within a step, without the pruning state: set it to False and save by "
+            "save_steps, from which a killed run goes on"
+        )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        settings = getattr(args, f"{name}_kwargs", None) or {}
+        if getattr(args, name, False) and settings.get("use_reentrant"):
+            raise UnsupportedModelError(
+                f"{name}_kwargs: use_reentrant hides the gradients that pruning measures: set it to False"
+            )
+    if args.neftune_noise_alpha and HIDDEN in config.space:
+        raise UnsupportedModelError(
+            f"neftune_noise_alpha adds noise to dimensions that space={config.space!r} removes: leave it out, or take "
+            "another space"
+        )
+
+
 def _require_dense_reference(args: TrainingArguments) -> None:
     """TRL's DPO and KTO compare with the model before training: computed at each step, it would be under the masks."""
     if getattr(args, "precompute_ref_log_probs", True) is False:
@@ -529,6 +566,19 @@ def _loss_scale(kwargs: Mapping[str, Any]) -> float:
     scaler = getattr(optimizer, "scaler", None)
     own = getattr(getattr(optimizer, "optimizer", None), "loss_scale", 1.0)
     return float(own) if scaler is None else scaler.get_scale()
+
+
+def _require_resumed(folder: Path, state: TrainerState) -> None:
+    """The Trainer does not tell callbacks where it resumes from; another run may have a checkpoint of the same step."""
+    try:
+        log = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    except (OSError, ValueError, KeyError):
+        return  # which is told apart where it is read
+    if json.dumps(log) != json.dumps(state.log_history):
+        raise CheckpointError(
+            f"{folder} is of another run than the one that is resumed: give "
+            "ATPCallback(config, resume_from_checkpoint=...) the checkpoint that trainer.train() has"
+        )
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -1,5 +1,6 @@
 """The callback in an unmodified Trainer. Oracles: the same run done another way, and the exported folder."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -16,22 +17,27 @@ from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     EarlyStoppingCallback,
     LlamaForCausalLM,
     TrainerCallback,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 
 from atp import ATPCallback, load
+from atp.callback import _require_what_can_be_followed
 from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
 from atp.layers import attach, attachment_of
 from atp.models import load_model
+from atp.recipe import TWO_NAMES
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer, is_quantised
-from atp.training import refitting, state
+from atp.training import calibration, refitting, state
 from atp.training.run import TEACHER
 from tests import runs, tiny
 
@@ -669,3 +675,111 @@ def test_fsdp1_is_refused_by_name(tmp_path: Path) -> None:
     wrapped = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # which needs processes to be made
     with pytest.raises(UnsupportedModelError, match="set fsdp_version 2"):
         runs.callback_of(run)._space(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "space", "message"),
+    [
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            "width",
+            "_kwargs: use_reentrant hides the gradients that pruning measures: set it to False",
+        ),
+        ({"enable_jit_checkpoint": True}, "width", "enable_jit_checkpoint saves within a step"),
+        ({"neftune_noise_alpha": 5.0}, "width+hidden", "neftune_noise_alpha adds noise to dimensions"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, arguments, space, message) -> None:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    names = TWO_NAMES if known.issuperset(TWO_NAMES.values()) else {}
+    arguments = {names.get(name, name): value for name, value in arguments.items()}
+    with pytest.raises(UnsupportedModelError, match=message):
+        runs.trainer(tmp_path, runs.config(space=space), **arguments).train()
+
+
+def test_trials_of_a_search_are_refused(tmp_path: Path) -> None:
+    args, trial = runs.trainer(tmp_path, None).args, TrainerState(is_hyper_param_search=True)
+    with pytest.raises(UnsupportedModelError, match="hyperparameter_search keeps checkpoints"):
+        _require_what_can_be_followed(args, trial, runs.config())
+
+
+def test_a_batch_size_that_is_found_is_that_of_our_passes_too(tmp_path: Path) -> None:
+    def full(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs["input_ids"].numel() > 2 * 12:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    config = runs.config(calibration_batch_size=None)
+    run = runs.trainer(tmp_path, config, per_device_train_batch_size=8, auto_find_batch_size=True)
+    run.model.register_forward_pre_hook(full, with_kwargs=True)
+    assert run.train().global_step == runs.STEPS
+    assert run.state.train_batch_size == 2
+
+
+class Sized(IterableDataset):
+    """Rows that come one after the other, of which it is known how many there are."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def test_rows_that_come_one_by_one_may_have_a_number(tmp_path: Path) -> None:
+    callback = ATPCallback(runs.config(), calibration_dataset=runs.dataset(16, seed=1), report=False)
+    evaluation = Sized(runs.dataset(8, seed=2))
+    run = runs.trainer(
+        tmp_path, callback, train=Sized(runs.dataset()), evaluation=evaluation, eval_strategy="steps", eval_steps=5
+    )
+    assert run.train().global_step == runs.STEPS
+
+
+def test_given_rows_may_have_columns_that_the_trainer_takes_from_the_training_set(tmp_path: Path) -> None:
+    def with_text(rows: int, seed: int) -> Any:
+        return runs.dataset(rows, seed=seed).add_column("text", ["fever " * (i + 1) for i in range(rows)])
+
+    found = []
+    for name, prepared in (("text", with_text), ("bare", lambda rows, seed: runs.dataset(rows, seed=seed))):
+        callback = ATPCallback(
+            runs.config(), calibration_dataset=prepared(16, 1), held_out_dataset=prepared(8, 2), report=False
+        )
+        run = runs.trainer(tmp_path / name, callback, train=prepared(120, 0))
+        run.train()
+        found.append((runs.losses(run), (tmp_path / name / "journal.jsonl").read_text().count("held_out")))
+    assert found[0] == found[1]
+
+
+def test_evaluation_sets_are_compared_once_and_rows_measured_once_a_step(tmp_path: Path, monkeypatch) -> None:
+    hashed = []
+    row_hash = calibration.row_hash
+    monkeypatch.setattr(calibration, "row_hash", lambda row: hashed.append(1) or row_hash(row))
+    sets = {name: runs.dataset(8, seed=seed).add_column("n", list(range(8))) for name, seed in (("a", 1), ("b", 2))}
+    run = runs.trainer(tmp_path, runs.config(refit_rows=8), evaluation=sets, eval_strategy="steps", eval_steps=2)
+    run.train()
+    by_five = len(hashed)
+    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
+    measured = [line["step"] for line in lines if "held_out" in line]
+    assert measured.count(4) == 1
+    assert {2, 4, 6, 8, 10} <= set(measured)
+    again = {"evaluation": sets, "eval_strategy": "steps", "eval_steps": 5}
+    runs.trainer(tmp_path / "again", runs.config(refit_rows=8), **again).train()
+    assert len(hashed) == 2 * by_five, "as many for two evaluations as for five"
+
+
+def test_an_evaluation_set_without_labels_is_evaluated(tmp_path: Path) -> None:
+    evaluation = runs.dataset(8, seed=1).remove_columns("labels")
+    run = runs.trainer(tmp_path, runs.config(), evaluation=evaluation, eval_strategy="steps", eval_steps=5)
+    assert run.train().global_step == runs.STEPS
+
+
+def test_another_runs_checkpoint_of_the_same_step_is_not_gone_on_with(tmp_path: Path) -> None:
+    for name, rate in (("a", 5e-3), ("b", 1e-3)):
+        runs.trainer(tmp_path / name, runs.config(), save_strategy="steps", save_steps=4, learning_rate=rate).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="is of another run than the one that is resumed"):
+        runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
+    callback = ATPCallback(runs.config(), resume_from_checkpoint=checkpoint, report=False)
+    assert runs.trainer(tmp_path / "b", callback).train(resume_from_checkpoint=checkpoint).global_step == runs.STEPS

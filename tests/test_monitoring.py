@@ -184,6 +184,16 @@ def test_an_alert_is_said_once_and_may_end_training(tmp_path, caplog, what):
     assert (tmp_path / "pruned" / "config.json").is_file()
 
 
+def test_what_an_alert_has_stopped_is_saved_whatever_the_evaluation_says(tmp_path):
+    """`save_strategy="best"` decides anew after an evaluation, which comes at the same step."""
+    stops = runs.config(**runs.OFF_BUDGET, on_alert="stop")
+    settings = {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
+    run = watched(tmp_path, stops, evaluation=runs.dataset(8, seed=3), **settings)
+    step = run.state.global_step
+    assert step < runs.STEPS
+    assert (tmp_path / f"checkpoint-{step}" / "atp").is_dir()
+
+
 def test_tensorboard_gets_figures_and_an_image(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     watched(tmp_path / "run", report_to="tensorboard")

@@ -144,6 +144,12 @@ def test_an_interrupted_recovery_is_gone_on_with(finished, tmp_path, monkeypatch
     argv = ("recover", finished, "--out", cut, *SMALL)
     assert "holds an interrupted recovery: give --resume to go on" in refused(capsys, *argv, "--epochs", "2")
     assert "was left with another settings" in refused(capsys, *argv, "--epochs", "3", "--resume")
+    assert "another dtype" in refused(capsys, *argv, "--epochs", "2", "--resume", "--dtype", "bfloat16")
+    other = shutil.copytree(finished, tmp_path / "other")
+    shutil.copytree(tmp_path / ".cut.unfinished", tmp_path / ".else.unfinished")
+    again = ("recover", other, "--out", tmp_path / "else", *SMALL, "--epochs", "2", "--resume")
+    assert "weights" in refused(capsys, *again), "of a run that has been trained anew"
+    shutil.rmtree(tmp_path / ".else.unfinished")
     assert recover(finished, "--out", cut, "--epochs", "2", "--resume") == 0
     assert len(calls) == 5  # the third again, the fourth, and no other twice
     assert same(weights(whole), weights(cut))
@@ -201,6 +207,11 @@ def test_bad_input(finished, tmp_path, capsys):
     for place in (finished / "pruned", finished / "final", finished, finished.parent):
         assert "which would be replaced" in says(finished, "--out", place, "--overwrite")
     assert "no exported model here" in says(finished, *out, "--pruned", finished / "checkpoint-2")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for option in ("--data", "--held-out", "--other", "--tasks"):
+        file = tiny.jsonl(texts / "rows.jsonl", range(4))
+        assert "which would be replaced" in says(finished, "--out", texts, "--overwrite", option, file)
     assert "exists: give --overwrite" in says(finished, "--out", finished / "pruned")
     train, held_out = (finished.parent / f"{name}.jsonl" for name in ("train", "validation"))
     assert "are in both the calibration and the held-out set" in says(finished, *out, "--held-out", train, *SMALL)

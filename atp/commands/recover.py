@@ -129,15 +129,17 @@ def run(arguments: argparse.Namespace) -> None:
         "settings": settings.in_use() | {"biases": arguments.biases},
         "teacher": arguments.teacher or str(job.run),
         "student": str(job.pruned),
+        "dtype": arguments.dtype,
         "data": {name: texts[name].about() if name in texts else None for name in (CALIBRATION, HELD_OUT, OTHER)},
     }
     work = work_folder(job.out)
-    check(work, about, arguments.resume, arguments.overwrite)
+    identity = about | {"weights": _weights_of(job)}
+    check(work, identity, arguments.resume, arguments.overwrite)
     measurable = reset_peak_memory()
     teacher, student = _models(arguments, job)
     if arguments.biases:
         add_writer_biases(student)
-    begin(work, about, arguments.resume)
+    begin(work, identity, arguments.resume)
     scores = _scores(student, tokenizer, tasks, arguments.task_rows)
     outcome = recover(teacher, student, as_windows(texts), settings, work, best_device())
     after = _scores(student, tokenizer, tasks, arguments.task_rows) if outcome.kept else scores
@@ -171,10 +173,21 @@ def _job(arguments: argparse.Namespace) -> _Job:
         raise CheckpointError(f"{out} exists: give --overwrite, or another --out")
     if arguments.task_rows is not None and arguments.task_rows < 1:
         raise ConfigError("--task-rows must be an integer >= 1")
-    recipe = folder / "recipe.yaml"
+    recipe = Recipe.from_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
     base = base_of(adapter, arguments.base, arguments.gguf_file)
-    keep_apart(out, folder, adapter, pruned, Path(base.name_or_path), Path(arguments.teacher or folder))
-    return _Job(folder, adapter, base, pruned, out, Recipe.from_yaml(recipe) if recipe.is_file() else None)
+    models = (folder, adapter, pruned, base.name_or_path, arguments.teacher or folder)
+    texts = [*arguments.data, *arguments.held_out, *arguments.other, *arguments.tasks]
+    for sources in (recipe.data.train, recipe.data.validation, recipe.data.calibration) if recipe else ():
+        texts += [sources] if isinstance(sources, str) else sources or []
+    keep_apart(out, *map(Path, (*models, *texts)))
+    return _Job(folder, adapter, base, pruned, out, recipe)
+
+
+def _weights_of(job: _Job) -> dict[str, Any]:
+    """What tells the models at work from others that have been written to the same folders since."""
+    files = [file for folder in (job.adapter, job.pruned) for file in sorted(folder.glob("*.safetensors"))]
+    times = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return times | {"base": job.base.name_or_path, "gguf_file": job.base.gguf_file}
 
 
 def _is_exported(folder: Path) -> bool:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from atp.data import causal
 from atp.errors import CalibrationError
@@ -90,6 +91,20 @@ class Calibration:
         return {row_hash(self._rows[i]) for i in range(len(self._rows))}
 
 
+def indexable(dataset: Any) -> bool:
+    """Whether rows can be taken by number; of PyTorch's iterable sets they cannot, though these may have a length."""
+    has_rows = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    return has_rows and not isinstance(dataset, IterableDataset)
+
+
+def with_columns_of(given: Any, dataset: Any) -> Any:
+    """`given` with no columns that `dataset`, prepared like it, has not: the Trainer has taken unused ones from it."""
+    if not (isinstance(given, Dataset) and isinstance(dataset, Dataset)):
+        return given
+    shared = [name for name in dataset.column_names if name in given.column_names]
+    return given.select_columns(shared) if shared else given
+
+
 def row_hash(row: Any) -> str:
     """Hash of a row's tokens (or of the whole row where it has none), blind to padding and to extra columns."""
     columns = [row[name] for name in _TOKENS if name in row] if isinstance(row, Mapping) else []
@@ -113,8 +128,8 @@ def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[
     Returns:
         Their indices, ascending; the same for the same seed and data set.
     """
-    dataset = loader.dataset
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    dataset: Any = loader.dataset
+    if not indexable(dataset):
         raise CalibrationError(
             "rows cannot be held out of a streaming training set: pass ATPCallback(config, calibration_dataset=...)"
         )

@@ -4,6 +4,7 @@ Dense is the model with nothing pruned: its base weights as they were at first, 
 gradients, modes and random streams are afterwards as they were. Several processes look at a share of the rows each.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -46,6 +47,11 @@ class HeldOut:
     def rows(self) -> int:
         """How many there are."""
         return len(self._rows)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is anything to predict in them."""
+        return all(batch.get("labels") is not None for batch in itertools.islice(self._batches(), 1))
 
     def dense(self) -> float | None:
         """Log-perplexity with nothing pruned, nats a token; None where base weights that were changed stay so."""

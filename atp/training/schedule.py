@@ -49,10 +49,10 @@ class Schedule:
 
     def _shots_due(self, step: int) -> int:
         """How many of a criterion's decisions have been drawn by `step`, this one included."""
+        if step >= self.freeze_step:
+            return self.config.shots
         last = self.config.shots - 1
-        if step >= self.freeze_step or last == 0:
-            return self.config.shots if step >= self.freeze_step else 0
-        return 1 + step * last // self.freeze_step
+        return 1 + step * last // self.freeze_step if last else 0
 
     def _until_freeze(self, step: int) -> float:
         learned, steps = step - self.start_step, self.freeze_step - self.start_step

@@ -14,7 +14,7 @@ from atp.criteria.ranking import SUITABLE, rank, starting_logits, suitable_prote
 from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.structure.budget import project
-from atp.training.calibration import Calibration, hold_out
+from atp.training.calibration import Calibration, hold_out, indexable, with_columns_of
 
 _MEASURED = ("activation", "flap", "surgeon", "taylor", "taylor2")
 """Criteria that look at calibration rows."""
@@ -24,7 +24,7 @@ def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int
     """The calibration rows of a run: those given, else rows held out of `loader`; None where none are needed."""
     if not config.alternates and config.init not in _MEASURED and config.compensate == "none":
         return None
-    rows = given
+    rows = with_columns_of(given, loader.dataset)
     if rows is None:
         held = hold_out(loader, config.calibration_rows, batch_size, config.seed)
         rows = [loader.dataset[i] for i in held]
@@ -33,8 +33,8 @@ def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int
 
 def for_refit(calibration: Calibration, rows: int, loader: DataLoader, seed: int) -> Calibration:
     """`calibration` and, up to `rows` in all, rows of the training set, where it can be indexed."""
-    dataset = loader.dataset
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    dataset: Any = loader.dataset
+    if not indexable(dataset):
         return calibration
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + 1))
     return calibration.and_also(dataset, order.tolist(), rows)
