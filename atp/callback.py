@@ -259,7 +259,7 @@ class ATPCallback(TrainerCallback):
             )
             learner.freeze()
         self._watching().end(state.global_step)
-        self._write_final(args, state, model)
+        self._write_final(args, state, model, kwargs.get("processing_class"))
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
             processing_class = kwargs.get("processing_class")
@@ -448,11 +448,13 @@ class ATPCallback(TrainerCallback):
             results = (Result("evaluation set", "loss", evaluation["eval_loss"], when),)
         return About(causal_lm(model).name_or_path, settings={"atp": chosen(self.config)}, results=results)
 
-    def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel) -> None:
+    def _write_final(self, args: TrainingArguments, state: TrainerState, model: PeftModel, tokenizer: Any) -> None:
         final = Path(args.output_dir) / "final"
         with _beside_with_adapters(model, final, state.is_world_process_zero) as beside:
             tensors, values = self.learner.state()
             self._save(beside or final, args, state, (tensors, values | {ADAPTERS: _active(model)}))
+            if beside is not None and tokenizer is not None:
+                tokenizer.save_pretrained(beside)
 
 
 def _active(model: PeftModel) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.callback import ADAPTERS, restore
 from atp.errors import CheckpointError, ConfigError, in_one_line
 from atp.export.loading import load as load_exported
-from atp.models import load_model
+from atp.models import load_model, load_tokenizer
 from atp.recipe import ModelSettings, Recipe
 from atp.training.state import FOLDER, VALUES
 
@@ -104,6 +104,13 @@ def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None
     if not name:
         raise CheckpointError(f"{adapter}: does not say which model it tuned: give base (on the command line, --base)")
     return ModelSettings(name, gguf_file)
+
+
+def tokenizer_of(adapter: Path, base: ModelSettings) -> PreTrainedTokenizerBase:
+    """That of the run, which may have given it a chat template or tokens, where it lies beside the adapter."""
+    if (adapter / "tokenizer_config.json").is_file():
+        return load_tokenizer(str(adapter))
+    return load_tokenizer(base.name_or_path, base.gguf_file)
 
 
 def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs: Any) -> PeftModel:

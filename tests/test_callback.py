@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     EarlyStoppingCallback,
     LlamaForCausalLM,
     TrainerCallback,
@@ -30,6 +31,7 @@ from transformers import (
 
 from atp import ATPCallback, load
 from atp.callback import _require_what_can_be_followed
+from atp.cli import main
 from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
 from atp.layers import attach, attachment_of
 from atp.models import load_model
@@ -783,3 +785,17 @@ def test_another_runs_checkpoint_of_the_same_step_is_not_gone_on_with(tmp_path: 
         runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
     callback = ATPCallback(runs.config(), resume_from_checkpoint=checkpoint, report=False)
     assert runs.trainer(tmp_path / "b", callback).train(resume_from_checkpoint=checkpoint).global_step == runs.STEPS
+
+
+def test_what_is_exported_caches_as_its_base_does_and_exports_again_with_the_runs_tokenizer(tmp_path: Path) -> None:
+    tiny.folder(tmp_path / "base")
+    run = runs.trainer(tmp_path / "run", runs.config(), base=tmp_path / "base")
+    run.processing_class = run.callback_handler.processing_class = tiny.tokenizer()
+    run.processing_class.chat_template = "{{ messages }} of the run"
+    assert run.model.config.use_cache is False, "the Trainer's"
+    run.train()
+    folders = [tmp_path / "run" / "pruned", tmp_path / "again"]
+    assert main(["export", str(tmp_path / "run"), str(folders[1])]) == 0
+    for folder in folders:
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+        assert AutoTokenizer.from_pretrained(folder).chat_template == run.processing_class.chat_template

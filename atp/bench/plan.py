@@ -192,8 +192,9 @@ def _activations(model: PeftModel, space: Space, rows: int, length: int, fuses: 
 def _held(engine: str, devices: int, attachment: Attachment, weights: int, adapters: int) -> dict[str, int]:
     """Weights, gradients and optimizer states of one device."""
     lm, states = attachment.lm, _ADAM * adapters
-    if engine == "ddp":  # gradients twice: parameters' and buckets'
-        return {"base weights": weights, "adapters": adapters, "gradients": 2 * adapters, "optimizer": states}
+    if engine == "ddp":  # of several, gradients twice: parameters' and buckets'
+        copies = 2 if devices > 1 else 1
+        return {"base weights": weights, "adapters": adapters, "gradients": copies * adapters, "optimizer": states}
     if engine == "zero2":
         bucket = 4 * lm.config.get_text_config().hidden_size ** 2  # as the Trainer sets it where "auto"
         return {

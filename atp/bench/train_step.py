@@ -19,6 +19,7 @@ from atp.bench.copies import attached, on_the_same_tensors
 from atp.bench.timing import Case
 from atp.config import ATPConfig
 from atp.evaluation import flops_per_token
+from atp.structure.budget import project
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.learner import DecisionLearner
@@ -136,7 +137,8 @@ def adapted(base: PreTrainedModel, lora_rank: int, checkpointing: bool = False) 
 
 def flops_left(base: PreTrainedModel, space: Space, sparsity: float) -> float:
     """The share of the linear layers' FLOPs, head included, that is left when the final decision stands."""
-    return 1.0 - 2 * sparsity * space.prunable_parameters / flops_per_token(base)
+    reached = space.sparsity(project({s.name: torch.rand(s.size) for s in space.sets}, space, sparsity))
+    return 1.0 - 2 * reached * space.prunable_parameters / flops_per_token(base)
 
 
 def _learner(model: PeftModel, config: ATPConfig, settings: dict[str, object]) -> DecisionLearner:

@@ -18,8 +18,7 @@ from atp.evaluation import count_parameters, folder_bytes
 from atp.export import export, export_adapter
 from atp.export.card import About
 from atp.files import check_place, keep_apart, write_json
-from atp.loading import adapter_folder, base_of, load
-from atp.models import load_tokenizer
+from atp.loading import adapter_folder, base_of, load, tokenizer_of
 from atp.structure.live import is_adapters
 from atp.training.state import FOLDER
 
@@ -90,7 +89,7 @@ def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str
         )
     base = base_of(adapter, arguments.base, arguments.gguf_file)
     keep_apart(out, adapter, Path(base.name_or_path))
-    tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
+    tokenizer = tokenizer_of(adapter, base)
     model = load(adapter, base=arguments.base, gguf_file=arguments.gguf_file)
     before = count_parameters(model.get_base_model()) - _adapter_parameters(model)
     about = about_run(adapter, base)

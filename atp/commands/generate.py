@@ -21,7 +21,7 @@ from atp.commands.versions import versions_of
 from atp.data import Row, fingerprint, read_rows
 from atp.errors import CheckpointError, ConfigError
 from atp.files import check_place, file_written_beside, write_json
-from atp.loading import adapter_folder, base_of, load_dense
+from atp.loading import adapter_folder, base_of, load_dense, tokenizer_of
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
 from atp.recovery.generation import Mix, Mixed, WritingSettings, language_test, mixed_rows
@@ -158,7 +158,7 @@ def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTok
         model = to_best_device(load_model(name, gguf_file, arguments.dtype))
     else:
         base = base_of(adapter, arguments.base, gguf_file)
-        tokenizer = load_tokenizer(base.name_or_path, base.gguf_file)
+        tokenizer = tokenizer_of(adapter, base)
         model = load_dense(name, base=arguments.base, gguf_file=gguf_file)
         model = model if base.bits else _in_dtype(to_best_device(model), arguments.dtype)
     if model.dtype == torch.bfloat16 and not computes_in_bf16():

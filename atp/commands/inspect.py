@@ -92,16 +92,9 @@ class _Groups:
 
 
 def _groups(space: Space, masks: dict[str, Tensor]) -> list[_Groups]:
-    full = torch.tensor([float(s.size) for s in space.sets])
-    everything = space.kept_parameters(full).item()
-
-    def parameters(index: int) -> int:
-        without = full.clone()
-        without[index] -= 1
-        return round(everything - space.kept_parameters(without).item())
-
     rows: list[tuple[GroupSet, int, int]] = [
-        (s, parameters(i), int(masks[s.name].sum())) for i, s in enumerate(space.sets)
+        (s, round(each), int(masks[s.name].sum()))
+        for s, each in zip(space.sets, space.group_parameters.tolist(), strict=True)
     ]
     found = []
     for kind in space.kinds:

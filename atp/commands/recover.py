@@ -30,8 +30,8 @@ from atp.export import load as load_exported
 from atp.export.card import Result
 from atp.export.reweighting import add_writer_biases, write_reweighted
 from atp.files import check_place, keep_apart, write_json, written_beside
-from atp.loading import adapter_folder, adapter_of_run, base_of, load_dense
-from atp.models import load_model, load_tokenizer
+from atp.loading import adapter_folder, adapter_of_run, base_of, load_dense, tokenizer_of
+from atp.models import load_model
 from atp.recipe import DTYPES, ModelSettings, Recipe
 from atp.recovery import METHODS, Outcome, RecoverySettings, recover
 from atp.recovery.settings import TRAINS
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     job = _job(arguments)
     tasks = find_tasks(arguments.tasks, arguments.task_rows)
-    tokenizer = load_tokenizer(job.base.name_or_path, job.base.gguf_file)
+    tokenizer = tokenizer_of(job.adapter, job.base)
     size = Size(arguments.length, arguments.windows, arguments.held_out_windows)
     files = {CALIBRATION: arguments.data, HELD_OUT: arguments.held_out, OTHER: arguments.other}
     texts = read_texts(files, job.recipe.data if job.recipe else None, tasks.local, tokenizer, size)

@@ -49,6 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "max_position_embeddings": 32768,
+        "sliding_window": None,
     },
     "llama-3-8b": _LLAMA_3
     | {

@@ -141,7 +141,12 @@ def _cut(key: str, tensor: Tensor, model: Any, compact: CompactTensors) -> Tenso
             f"{path}: what an adapter holds of the embedding, the head or a norm cannot be cut with the residual "
             "stream: export it in the format hf"
         )
-    sides = compact.sides(path)
+    sides = compact.sides(path if part else path.rpartition(".")[0])
+    if not part and not (sides.rows is None and sides.cols is None):
+        raise UnsupportedModelError(
+            f"{path}: what an adapter holds whole of a pruned layer (modules_to_save) is not cut: export it in the "
+            "format hf"
+        )
     if part == "A.weight":
         return tensor if sides.cols is None else tensor[:, sides.cols]
     if part == "magnitude_vector" and sides.cols is not None:

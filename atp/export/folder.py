@@ -4,14 +4,15 @@ Everything is written beside the destination and renamed into place at the end. 
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from atp.errors import ATPError, UnsupportedModelError
+from atp.errors import ATPError, UnsupportedModelError, in_one_line
 from atp.export.card import About, write_card
 from atp.export.compaction import CompactTensors
 from atp.export.layout import empty_model
@@ -20,6 +21,8 @@ from atp.layers import Attachment, attachment_of
 from atp.structure.sharding import settle
 from atp.structure.space import Space
 from atp.weights import write_weights
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -127,7 +130,7 @@ def write_model(
     plan = {name: torch.empty(shapes[name], dtype=each, device="meta") for name, each in dtypes.items()}
     shell.load_state_dict(plan, strict=True, assign=True)
     shell.tie_weights()
-    shell.generation_config = copy.deepcopy(lm.generation_config)
+    shell.generation_config = _generation_config(lm)
     if folder is not None:
         shell.save_pretrained(folder, state_dict={})  # configs, and the modelling file where there is one
     own = {name for name, _ in (*shell.named_parameters(), *shell.named_buffers())}  # tied weights once
@@ -177,3 +180,16 @@ def _check_decision(space: Space, masks: Mapping[str, Tensor]) -> None:
             raise ATPError(
                 f"masks[{group_set.name!r}] must hold zeros and at least one one: only hard decisions are exported"
             )
+
+
+def _generation_config(lm: PreTrainedModel) -> GenerationConfig | None:
+    """The model's; of one that transformers would not save, such as one that is greedy at a temperature, the ids."""
+    config = copy.deepcopy(lm.generation_config)
+    try:
+        if config is not None:
+            config.validate(strict=True)
+    except ValueError as error:
+        logger.warning("atp: generation settings are not saved, but for special tokens: %s", in_one_line(error))
+        ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GenerationConfig(**ids)
+    return config

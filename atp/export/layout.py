@@ -173,6 +173,8 @@ def _source_config(lm: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(lm.config)
     for name in NOT_CARRIED:
         config.__dict__.pop(name, None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = True  # the Trainer switches it off in the live model's
     return config
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, constants, model_info, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _SECONDS = 3.0
@@ -71,7 +72,10 @@ def _pruned_before(path: Path) -> str | None:
 def _on_the_hub(name: str) -> Origin:
     if name.count("/") > 1 or name[:1] in "./~":
         return Origin(Path(name).name)
-    cached = try_to_load_from_cache(name, "README.md")
+    try:
+        cached = try_to_load_from_cache(name, "README.md")
+    except HFValidationError:  # a folder that is not there any more
+        return Origin(Path(name).name)
     if isinstance(cached, str):
         licence, source, _ = _stated(Path(cached))
         return Origin(name, name, licence, source)

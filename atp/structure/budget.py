@@ -54,13 +54,17 @@ def project(scores: Mapping[str, Tensor], space: Space, sparsity: float) -> dict
     return masks
 
 
+_ROUNDING = 1.0 + 1e-12
+"""So that 1 - 0.8, which is a little less than 0.2, does not cost a group."""
+
+
 def target_parameters(space: Space, sparsity: float) -> float:
     """Prunable parameters that may be kept.
 
     Raises:
         BudgetError: where the space cannot go as low.
     """
-    target = (1.0 - sparsity) * space.prunable_parameters
+    target = (1.0 - sparsity) * space.prunable_parameters * _ROUNDING
     least = space.kept_parameters(torch.tensor([float(s.counts[0]) for s in space.sets])).item()
     if least > target:
         reach = 1.0 - least / space.prunable_parameters

@@ -59,7 +59,7 @@ _LLAMA_LIKE = {
 
 PLANS = {"nemotron": _LLAMA_LIKE, "stablelm": _LLAMA_LIKE}
 
-DERIVED_HEAD_SIZE = {"gpt_neox", "stablelm"}
+DERIVED_HEAD_SIZE = {"gpt_neox", "helium", "stablelm"}
 """Families whose head size is hidden_size / heads, whatever `head_dim` says: their configs cannot say fewer heads."""
 
 NORMS_BEFORE = {"input_layernorm", "pre_feedforward_layernorm"}

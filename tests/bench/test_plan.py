@@ -54,6 +54,11 @@ def test_activations_are_those_of_a_real_step(
     assert found.memory["activations"] == pytest.approx(alive.peak, rel=0.01)
 
 
+def test_gradients_lie_twice_where_there_is_somebody_to_send_them_to() -> None:
+    alone, two = planned(devices=1), planned(devices=2)
+    assert two.memory["gradients"] == 2 * alone.memory["gradients"]
+
+
 def test_what_engines_share_is_shared() -> None:
     model = adapted(tiny.model(), RANK)
     adapters = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)

@@ -160,3 +160,11 @@ def test_an_existing_folder_stays(tmp_path):
     assert not list((tmp_path / "out").iterdir())
     export_adapter(model, tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_trained_whole_of_a_pruned_layer_is_refused(tmp_path):
+    model = families.build("llama")
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["down_proj"], task_type="CAUSAL_LM")
+    model = masked(get_peft_model(model, config), "width")
+    with pytest.raises(UnsupportedModelError, match=r"down_proj.*format hf"):
+        export_adapter(model, tmp_path / "out")

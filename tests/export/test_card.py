@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from atp.export import About, Result, export, export_adapter, load, provenance
 from atp.layers import attachment_of
 from tests import families
 from tests.export.cases import SPACES, exported, masked
+from tests.export.gguf import cases as gguf_cases
 
 
 def tuned(space, name=""):
@@ -30,7 +32,7 @@ def card_of(folder):
 
 @pytest.mark.parametrize(("family", "space", "possible"), [("gemma3", "width", False), ("gemma3", "uniform", True)])
 def test_a_family_that_llama_cpp_has_no_uneven_blocks_of_is_told_so(family, space, possible):
-    text = card_of(exported(family, space).folder).text
+    text = card_of(gguf_cases.folder(family, space).path).text
     assert ("--format gguf" in text) == possible
     assert ("its blocks have unequal sizes" in text) != possible
 
@@ -176,3 +178,18 @@ def test_what_vllm_gets_wrong_is_said(tmp_path):
         masks = {k: (torch.arange(len(v)) < kept.get(k, 8)).float() for k, v in attachment_of(model).masks.items()}
         text = card_of(export(model, tmp_path / str(said), masks=masks)).text
         assert ("--model-impl transformers" in text) == said
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn"])
+def test_what_is_not_written_to_gguf_is_not_promised(kind, tmp_path):
+    pytest.importorskip("gguf")
+    scaling = {"rope_type": kind, "factor": 2.0, "attention_factor": 1.5, "rope_theta": 10000.0}
+    model = families.from_config(transformers.LlamaConfig(**families.SIZES, rope_parameters=scaling))
+    text = (export(masked(families.with_lora(model), "width"), tmp_path / "out") / "README.md").read_text()
+    assert "is not written to GGUF" in text
+    assert "--format gguf" not in text
+
+
+@pytest.mark.parametrize("name", ["models/My Model", "a--b/c", "models/llama-"])
+def test_a_folder_that_is_not_there_any_more_need_not_be_a_name_of_the_hubs(name):
+    assert provenance.origin_of(name).name == name.rsplit("/", 1)[-1]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from atp.errors import ATPError, CheckpointError, UnsupportedModelError
 from atp.export import export, load
@@ -226,3 +226,14 @@ def test_a_missing_tensor_is_named(space, lost, tmp_path):
     save_file({k: v for k, v in tensors.items() if k != dropped[0]}, out / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=dropped[0].replace(".", r"\.")):
         load(out)
+
+
+def test_generation_settings_that_are_not_saved_cost_no_export(tmp_path, caplog):
+    model = masked(families.with_lora(families.build("llama")), "width")
+    settings = model.get_base_model().generation_config
+    settings.do_sample, settings.temperature, settings.eos_token_id = False, 0.6, [1, 2]
+    folder = export(model, tmp_path / "out")
+    assert "generation settings are not saved" in caplog.text
+    found = GenerationConfig.from_pretrained(folder)
+    assert (found.eos_token_id, found.temperature) == ([1, 2], GenerationConfig().temperature)
+    assert settings.temperature == 0.6

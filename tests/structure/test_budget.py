@@ -13,7 +13,7 @@ from atp.structure.budget import TOLERANCE, budget_note, project
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.space import KV, Space
-from tests import families
+from tests import families, tiny
 
 ROUND_TO = {"width": (1, 4, 8), "disp": (1, 4)}
 
@@ -121,3 +121,12 @@ def test_the_closest_reachable_budget_is_found(uniform, round_to, favour):
         achieved = _check(space, project(scores, space, sparsity), sparsity)
         best = 1 - _closest(space, sparsity)
         assert achieved - best <= max(1e-9, TOLERANCE - (best - sparsity))
+
+
+@pytest.mark.parametrize(("blocks", "sparsity", "left"), [(10, 0.8, 2), (30, 0.8, 6), (30, 0.9, 3), (10, 0.9, 1)])
+def test_whole_blocks_that_are_just_the_budget_stay(blocks: int, sparsity: float, left: int) -> None:
+    """1 - 0.8 is less than 0.2 in floating point."""
+    space = build_space(discover(tiny.model(num_hidden_layers=blocks)), "depth", uniform=True)
+    masks = project(_scores(space, 0), space, sparsity)
+    assert space.sparsity(masks) == pytest.approx(1 - left / blocks)
+    assert budget_note(space, masks, sparsity) is None

@@ -21,6 +21,10 @@ DECI = "deci"
 _NORMS = ("attn_norm", "ffn_norm", "output_norm")
 _READERS = ("attn_q", "attn_k", "attn_v")
 _LINEARS = (*_READERS, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_ROTATIONS = ("default", "linear", "llama3", "yarn")
+_YARN = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
+"""Of yarn, what is not written, and the values with which nothing is missed."""
+
 _GELU = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
@@ -107,6 +111,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     return FAMILIES[name]
 
 
+def rope(config: Any) -> dict[str, Any]:
+    """Rotation of the blocks that see everything."""
+    parameters = config.rope_parameters
+    return parameters.get("full_attention", parameters)
+
+
 def _differences(config: Any, name: str, family: Family) -> list[str]:
     """What this config asks for and llama.cpp does not compute."""
     own = FAMILIES[name].architecture
@@ -120,11 +130,14 @@ def _differences(config: Any, name: str, family: Family) -> list[str]:
         found.append("llama.cpp's gemma2 always caps logits")
     if name == "gemma3_text" and (config.attn_logit_softcapping or config.final_logit_softcapping):
         found.append("llama.cpp's gemma3 caps no logits")
-    rotary = config.rope_parameters.get("full_attention", config.rope_parameters).get("partial_rotary_factor", 1.0)
+    found += _of_rotation(rope(config))
+    rotary = rope(config).get("partial_rotary_factor", 1.0)
     if int(rotary * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)) % 2:
         found.append("an odd number of dimensions is rotated")
     if getattr(config, "use_bidirectional_attention", None):
         found.append("attention is not causal")
+    if family.window and not _sees_everything_every(family.window, config.layer_types):
+        found.append(f"llama.cpp lets one block in {family.window} see everything, and layer_types says others")
     if name == "stablelm" and config.qk_layernorm:
         found.append("qk_layernorm has not been tried")
     if not (config.use_bias if name == "starcoder2" else config.attention_bias if name == "gpt_neox" else True):
@@ -136,3 +149,19 @@ def _differences(config: Any, name: str, family: Family) -> list[str]:
                 "llama.cpp's smollm3 leaves out rotation in every fourth block, and no_rope_layers says others"
             )
     return found
+
+
+def _of_rotation(parameters: dict[str, Any]) -> list[str]:
+    kind = parameters["rope_type"]
+    if kind not in _ROTATIONS:
+        return [f"rope_type {kind!r} is not written to GGUF"]
+    changed = {name: parameters.get(name, usual) for name, usual in _YARN.items()} if kind == "yarn" else {}
+    return [
+        f"yarn with {name}={value} is not written to GGUF"
+        for name, value in changed.items()
+        if value not in (_YARN[name], None)
+    ]
+
+
+def _sees_everything_every(period: int, layer_types: list[str]) -> bool:
+    return all((kind == "full_attention") == ((block + 1) % period == 0) for block, kind in enumerate(layer_types))

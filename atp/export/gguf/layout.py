@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from atp.errors import UnsupportedModelError
 from atp.export.gguf.deci import unpacked, without_lost_parts
-from atp.export.gguf.families import AS_DECI, DECI, Family, family_of, model_type
+from atp.export.gguf.families import AS_DECI, DECI, Family, family_of, model_type, rope
 from atp.export.gguf.padding import padded
 from atp.export.gguf.tensors import Entries, Entry, Sizes, apart, change_each, named, place, side_by_side, sizes
 
@@ -53,12 +53,6 @@ def lay_out(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
     _change(entries, config, family, blocks, head_dim)
     entries |= _rope_factors(config, family, rotary_dims)
     return Layout(family.architecture, head_dim, rotary_dims, tuple(blocks), entries)
-
-
-def rope(config: Any) -> dict[str, Any]:
-    """Rotation of the blocks that see everything."""
-    parameters = config.rope_parameters
-    return parameters.get("full_attention", parameters)
 
 
 def _why_not_its_own(config: Any, family: Family, entries: Entries, blocks: list[Sizes], head_dim: int) -> str | None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import gguf
 
-from atp.errors import UnsupportedModelError
-from atp.export.gguf.families import DECI, FAMILIES, model_type
-from atp.export.gguf.layout import Layout, rope
+from atp.export.gguf.families import DECI, FAMILIES, model_type, rope
+from atp.export.gguf.layout import Layout
 from atp.export.gguf.special import fitting_name
 
 
@@ -91,22 +90,11 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any, layout: Layout) -> None:
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(parameters["factor"])
-    elif kind not in ("default", "llama3"):
-        raise UnsupportedModelError(
-            f"{model_type(config)}: rope_type {kind!r} is not written to GGUF: keep the Hugging Face folder"
-        )
     if kind == "yarn":
         _add_yarn(writer, config, parameters)
 
 
 def _add_yarn(writer: gguf.GGUFWriter, config: Any, parameters: dict[str, Any]) -> None:
-    usual = {"attention_factor": None, "mscale": None, "mscale_all_dim": None, "truncate": True}
-    for name, value in usual.items():
-        if parameters.get(name, value) not in (value, None):
-            raise UnsupportedModelError(
-                f"{model_type(config)}: yarn with {name}={parameters[name]} is not written to GGUF: "
-                "keep the Hugging Face folder"
-            )
     original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     writer.add_rope_scaling_orig_ctx_len(original)
     writer.add_rope_scaling_yarn_beta_fast(parameters.get("beta_fast") or 32.0)
@@ -128,24 +116,8 @@ def _add_own(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_sliding_window(0)
     elif name in ("gemma2", "gemma3_text"):
         writer.add_sliding_window(config.sliding_window)
-        _check_windows(config)
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     elif name == "gemma3_text":
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
-
-
-def _check_windows(config: Any) -> None:
-    name = model_type(config)
-    period = FAMILIES[name].window
-    assert period
-    kinds = [
-        "full_attention" if (block + 1) % period == 0 else "sliding_attention"
-        for block in range(len(config.layer_types))
-    ]
-    if config.layer_types != kinds:
-        raise UnsupportedModelError(
-            f"{name}: llama.cpp lets one block in {period} see everything, and layer_types says others: "
-            "keep the Hugging Face folder"
-        )
