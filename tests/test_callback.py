@@ -799,3 +799,13 @@ def test_what_is_exported_caches_as_its_base_does_and_exports_again_with_the_run
     for folder in folders:
         assert json.loads((folder / "config.json").read_text())["use_cache"] is True
         assert AutoTokenizer.from_pretrained(folder).chat_template == run.processing_class.chat_template
+
+
+def test_a_resumed_run_asks_once_more_whether_copies_fit(tmp_path: Path, monkeypatch) -> None:
+    """Before its first step nobody knows how much memory a step takes."""
+    runs.trainer(tmp_path, runs.config(), save_strategy="steps", save_steps=7).train()
+    asked: list[int] = []
+    run = runs.trainer(tmp_path, runs.config())
+    monkeypatch.setattr("atp.layers.attachment.copies_fit", lambda *_: asked.append(run.state.global_step) or True)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+    assert asked == [7, 8]

@@ -26,7 +26,15 @@ from torch.nn.functional import linear
 from atp.errors import UnsupportedModelError
 from atp.layers.shared import Shared, shared_inputs
 from atp.layers.swapping import own_class
-from atp.ops import Weight, frozen_linear, gather_features, lora_linear, scatter_features
+from atp.ops import (
+    Selection,
+    Weight,
+    compact_weight,
+    frozen_linear,
+    gather_features,
+    lora_linear,
+    scatter_features,
+)
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.sharding import is_ordinary, is_sharded
 from atp.structure.space import KV, MLP, Axis, Space
@@ -49,15 +57,20 @@ class Side:
 
     Attributes:
         keep: bool, `(features,)`, where the layer computes.
-        index: their positions; None where the others are multiplied by zero instead of left out.
+        selection: where they are; None where the others are multiplied by zero instead of left out.
         passed_on: whether the tensor on this side holds kept features only.
         shared: for the layers that read this axis.
     """
 
     keep: Tensor
-    index: Tensor | None
+    selection: Selection | None
     passed_on: bool
     shared: Shared = field(default_factory=Shared)
+
+    @property
+    def index(self) -> Tensor | None:
+        """Their positions, where the others are left out."""
+        return None if self.selection is None else self.selection.index
 
     def taken(self, x: Tensor) -> Tensor:
         """What a layer reads of `x`, whose last dimension is this axis: kept features, or `x` as it comes."""
@@ -180,10 +193,13 @@ class CompactLinear:
     @torch.no_grad()
     def _weight(self, base: nn.Linear, dtype: torch.dtype) -> Tensor:
         weight: Tensor = base.weight
-        if self.outputs is not None:
-            weight = self.outputs.of(weight, 0)
-        if self.inputs is not None:
-            weight = self.inputs.of(weight, 1)
+        sides = (self.outputs, self.inputs)
+        rows, cols = (None if side is None else side.selection for side in sides)
+        if rows is not None and cols is not None:
+            return compact_weight(weight, rows, cols).to(dtype)  # on a GPU in one pass over it
+        for dim, side in enumerate(sides):
+            if side is not None:
+                weight = side.of(weight, dim)
         return weight.to(dtype)
 
     @torch.no_grad()
@@ -277,8 +293,8 @@ def _side(
     keep = masks[axis.set][axis.owner.cpu()] > 0
     inside = axis.set in passed_on
     leave_out = inside or keep.float().mean() <= WORTH_MOVING
-    index = torch.nonzero(keep).flatten().to(device) if leave_out else None
-    return Side(keep.to(device), index, inside, shared or Shared())
+    selection = Selection.of(keep).to(device) if leave_out else None  # counting on a GPU would wait for it
+    return Side(keep.to(device), selection, inside, shared or Shared())
 
 
 def _is_looked_into(module: Any) -> bool:

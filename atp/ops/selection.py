@@ -29,6 +29,10 @@ class Selection:
         position = torch.where(keep, keep.cumsum(0) - 1, -1)
         return cls(torch.nonzero(keep).flatten(), position.to(torch.int32))
 
+    def to(self, device: torch.device) -> "Selection":
+        """The same, there."""
+        return Selection(self.index.to(device), self.position.to(device))
+
 
 def gather_features(x: Tensor, index: Tensor) -> Tensor:
     """`x[..., index]`, `(..., kept)`."""

@@ -77,6 +77,7 @@ class DecisionLearner:
         self._draw, self._compensation = draw, compensation
         trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
+        self._asks_at: int | None = None
         self._random = torch.Generator().manual_seed(config.seed)
         self._noisy: Masks | None = None
         self._decision: Masks = attachment.decision()
@@ -103,6 +104,8 @@ class DecisionLearner:
         self.step = step
         if self.frozen:
             self.metrics["churn"] = 0.0
+            if step == self._asks_at:
+                self._compute_only_kept(final=True)
             return
         if step >= self.schedule.freeze_step:
             self.freeze()
@@ -244,6 +247,7 @@ class DecisionLearner:
         self.attachment.set_masks(self._decision)
         if self.frozen:
             self._compute_only_kept(final=True)
+            self._asks_at = self.step + 2  # when a step has shown how much room there is for copies
 
     def _require_start(self) -> None:
         """Draw the decision of `config.init`, once, and make up for what it takes."""

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from atp.errors import UnsupportedModelError
 from atp.layers import attach, compact, detach
 from atp.layers.masked import is_masked, masks_of
+from atp.ops import compact_weight
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from tests import families
@@ -134,6 +135,20 @@ def test_a_final_decision_is_copied_once_where_there_is_room(monkeypatch):
             families.logits(model)
             held.append(all(_copies_held(attachment)))
     assert held == [False, False, False, True]
+
+
+def test_rows_and_columns_go_in_one_pass_over_the_weight(monkeypatch):
+    """On a GPU, by one kernel."""
+    passes = []
+    monkeypatch.setattr(compact, "compact_weight", lambda *args: passes.append(args) or compact_weight(*args))
+    model, attachment = _attached(space_name="disp")
+    attachment.compact()
+    families.logits(model)
+    arithmetics = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
+    sides = [(a.outputs, a.inputs) for a in arithmetics if a.outputs is not None and a.inputs is not None]
+    both = [(rows, cols) for rows, cols in sides if rows.selection is not None and cols.selection is not None]
+    assert both
+    assert [(rows.selection, cols.selection) for rows, cols in both] == [(rows, cols) for _, rows, cols in passes]
 
 
 @pytest.mark.parametrize(("copies", "fit"), [(99, True), (101, False)])
