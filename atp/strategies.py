@@ -54,6 +54,7 @@ _SHARED = (
     "calibration_rows",
     "refit_rows",
     "refit_first_tokens",
+    "reader_rounds",
     "calibration_batch_size",
     "impl",
 )

@@ -176,6 +176,36 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, mode: str, space: str, lat
         assert runs.same(decision(resumed), decision(whole)), f"decision differs after a cut at {cut}"
 
 
+@pytest.mark.parametrize("mode", ["joint", "alternating"])
+def test_resumed_equals_uninterrupted_after_an_evaluation(tmp_path: Path, mode: str) -> None:
+    """It leaves the model in evaluation mode, without dropout, where a decision comes next; a resumed run does not."""
+    cfg = runs.config(mode=mode, **(runs.LATE | {"distill": 0.0}))
+    settings = {"evaluation": runs.dataset(8, seed=3), "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"save_strategy": "steps", "save_steps": 2}
+    whole = runs.trainer(tmp_path / "whole", cfg, model=runs.peft_model(dropout=0.3), **settings)
+    whole.train()
+    for cut in (2, 6):
+        folder = tmp_path / f"cut-{cut}"
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", folder / f"checkpoint-{cut}")
+        resumed = runs.trainer(folder, cfg, model=runs.peft_model(dropout=0.3), **settings)
+        resumed.train(resume_from_checkpoint=True)
+        assert runs.same(runs.adapter(resumed), runs.adapter(whole)), f"adapter differs after a cut at {cut}"
+        assert runs.same(decision(resumed), decision(whole)), f"decision differs after a cut at {cut}"
+
+
+def test_a_generator_step_without_labels_is_no_alarm(tmp_path: Path) -> None:
+    rows = runs.dataset(16, seed=1).to_list()
+    for row in rows[4:8]:  # of the second step's batch
+        row["labels"] = [-100] * len(row["labels"])
+    callback = ATPCallback(runs.config(mode="alternating"), calibration_dataset=rows, report=False)
+    run = runs.trainer(tmp_path, callback)
+    run.train()
+    losses = [entry["atp/generator_loss"] for entry in run.state.log_history if "atp/generator_loss" in entry]
+    assert losses
+    assert all(map(math.isfinite, losses))
+    assert 0.0 in losses
+
+
 @pytest.mark.parametrize("late", [{}, runs.LATE], ids=["", "late"])
 @pytest.mark.parametrize("mode", ["joint", "alternating"])
 def test_accumulation_4x2_equals_1x8(tmp_path: Path, mode: str, late: dict[str, float]) -> None:

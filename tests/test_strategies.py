@@ -8,8 +8,12 @@ from atp.config import CRITERIA, RANKINGS, ATPConfig
 from atp.errors import ConfigError
 from atp.strategies import FREEZE_AT, is_two_stage, known_strategies, method_of, strategy_config, timing_of
 
-BASE = ATPConfig(sparsity=0.3, space="disp", round_to=4, seed=7, calibration_rows=5, noise=0.9, freeze_at=0.8)
-TASK = ("sparsity", "space", "uniform", "round_to", "seed", "calibration_rows", "calibration_batch_size")
+REFIT = {"refit_rows": 9, "refit_first_tokens": 11, "reader_rounds": 2}
+BASE = ATPConfig(sparsity=0.3, space="disp", round_to=4, seed=7, calibration_rows=5, noise=0.9, freeze_at=0.8, **REFIT)
+TASK = (
+    *("sparsity", "space", "uniform", "round_to", "seed", "calibration_rows", "calibration_batch_size"),
+    *("refit_rows", "refit_first_tokens", "reader_rounds"),
+)
 
 
 def task(config):

@@ -107,17 +107,17 @@ def curvatures(
     waiting = dict(layers)
     while waiting:
         ready = _first_that_fit(waiting, budget_bytes)
-        tokens = dict.fromkeys(ready, 0)
+        tokens, steps = dict.fromkeys(ready, 0), dict.fromkeys(ready, 0)
         now = {name: waiting.pop(name) for name in ready}
         _pass_through(
             batches,
             lambda batch: torch.autograd.grad(loss(batch), leaves),
-            partial(_watched_curvature, now, ready, tokens),
+            partial(_watched_curvature, now, ready, tokens, steps),
         )
         while ready:
             name = next(iter(ready))
-            found, count = ready.pop(name), max(counted(tokens[name]), 1)
-            yield name, Curvature(summed(found.inputs).div_(count), summed(found.gradients).div_(count))
+            found, read, written = ready.pop(name), max(counted(tokens[name]), 1), max(counted(steps[name]), 1)
+            yield name, Curvature(summed(found.inputs).div_(read), summed(found.gradients).div_(written))
 
 
 def input_grams(
@@ -152,9 +152,12 @@ def _pass_through(
 
 @contextmanager
 def _watched_curvature(
-    layers: Mapping[str, nn.Module], found: Mapping[str, Curvature], tokens: dict[str, int]
+    layers: Mapping[str, nn.Module], found: Mapping[str, Curvature], tokens: dict[str, int], steps: dict[str, int]
 ) -> Iterator[None]:
-    """Add to `found` and `tokens` with every forward and backward pass."""
+    """Add to `found`, to `tokens` with every forward pass, and to `steps` with every backward pass.
+
+    Under gradient checkpointing there are two forward passes of most layers to a backward pass.
+    """
 
     def hook(name: str) -> Callable:
         def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -165,6 +168,7 @@ def _watched_curvature(
             def backward_hook(gradient: Tensor) -> None:
                 d = gradient.flatten(0, -2).float()
                 found[name].gradients.addmm_(d.T, d)
+                steps[name] += len(d)
 
             output.register_hook(backward_hook)
 

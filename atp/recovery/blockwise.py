@@ -43,7 +43,7 @@ def train_blocks(
     blocks = nn.ModuleList(student.blocks[index] for index in indices)
     seed = settings.seed + indices[-1]
     with drawn_aside(blocks, seed), _in_float32(blocks), _trainable(blocks, settings) as parameters:
-        best, state = was, _copy(parameters) if settings.keep_best else []
+        best, state = was, _copy(parameters)
         optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
         batches = stream.indices
         steps = settings.epochs * len(batches)
@@ -60,8 +60,9 @@ def train_blocks(
                 falling.step()
             if settings.keep_best and (now := error()) < best:
                 best, state = now, _copy(parameters)
-        for parameter, value in zip(parameters, state, strict=False):
-            parameter.data.copy_(value)
+        if settings.keep_best:
+            for parameter, value in zip(parameters, state, strict=True):
+                parameter.data.copy_(value)
 
 
 @contextmanager
@@ -96,6 +97,7 @@ def _trainable(blocks: nn.ModuleList, settings: RecoverySettings) -> Iterator[li
                 setattr(blocks.get_submodule(parent), child, module.get_base_layer())
         for parameter, required in before.items():
             parameter.requires_grad_(required)
+            parameter.grad = None
 
 
 def _copy(parameters: Sequence[Tensor]) -> list[Tensor]:

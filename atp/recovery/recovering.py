@@ -234,10 +234,10 @@ class _Recovery:
         """A function that takes a batch through blocks, to and from where they compute."""
 
         def through(hidden: Tensor) -> Tensor:
-            hidden = hidden.to(self._device)
+            dtype, hidden = hidden.dtype, hidden.to(self._device)
             for index in indices:
-                hidden = half.run(index, hidden)
-            return hidden
+                hidden = half.run(index, hidden.to(_dtype_of(half.blocks[index])))
+            return hidden.to(dtype)
 
         return through
 
@@ -296,3 +296,8 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         parameter.data.copy_(state[name])
+
+
+def _dtype_of(block: nn.Module) -> torch.dtype:
+    """What a block computes in: float32 while it is trained."""
+    return next(parameter.dtype for parameter in block.parameters() if parameter.is_floating_point())

@@ -1,5 +1,6 @@
 """Criteria and rankings. Oracles: the formulas as loops in float64; finite differences of the loss for Taylor."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -207,6 +208,24 @@ def test_curvatures_do_not_depend_on_how_many_fit_at_a_time() -> None:
     for path, found in whole.items():
         torch.testing.assert_close(found.inputs, parted[path].inputs)
         torch.testing.assert_close(found.gradients, parted[path].gradients)
+
+
+def test_curvatures_are_the_same_under_checkpointing() -> None:
+    """There, most layers run twice for each backward pass."""
+    model, space, modules = parts("width")
+    attachment = attach(model, space)
+    attachment.require_gradients(True)
+    layers = {path: modules[path] for path in modules if path.endswith(("o_proj", "down_proj"))}
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of the only name in 5.17
+                model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        leaves = list(attachment.masks.values())
+        found.append(dict(curvatures(layers, added_up(model), leaves, [IDS, IDS + 1])))
+    for path, plain in found[0].items():
+        torch.testing.assert_close(found[1][path].inputs, plain.inputs)
+        torch.testing.assert_close(found[1][path].gradients, plain.gradients)
 
 
 def test_second_order_taylor_follows_the_expansion() -> None:

@@ -213,6 +213,14 @@ def test_streams_on_the_disk_are_those_in_memory(tmp_path, monkeypatch):
     assert all(parameter.dtype == torch.bfloat16 for parameter in students[0].parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "olmo2", "gpt_neox"])
+def test_half_precision_is_computed_in_float32_and_leaves_no_gradients(family, tmp_path):
+    student = student_of(family).bfloat16()
+    found = recover(teacher_of(family).bfloat16(), student, TEXTS, settings("br+gp"), tmp_path, quiet=True)
+    assert any(block.kept for block in found.blocks)
+    assert all(parameter.dtype == torch.bfloat16 and parameter.grad is None for parameter in student.parameters())
+
+
 def test_errors_and_qualities_are_those_of_the_whole_models(tmp_path, monkeypatch):
     monkeypatch.setattr(recovering, "CHUNK", 5)
     teacher, student = teacher_of("llama"), student_of("llama")
