@@ -26,6 +26,14 @@ def first_output(
     return output[0] if isinstance(output, tuple) else output
 
 
+def real_tokens(batch: Any) -> Tensor | None:
+    """Which tokens of a batch are no padding, bool, `(rows, tokens)`; None where all are, as far as it says."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask > 0
+
+
 def inputs_of(
     layer: nn.Module,
     module: nn.Module,

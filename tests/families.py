@@ -107,6 +107,14 @@ def checkpoint(model: torch.nn.Module) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rows of unequal length, `(1, tokens)` each, as one batch."""
+    longest = max(row.shape[1] for row in rows)
+    ids = [torch.nn.functional.pad(row, (0, longest - row.shape[1])) for row in rows]
+    mask = [torch.nn.functional.pad(torch.ones_like(row), (0, longest - row.shape[1])) for row in rows]
+    return {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask)}
+
+
 def tokens(rows: int = 2, length: int = 12, seed: int = 2) -> Tensor:
     """Random token ids, `(rows, length)`, without the special ones."""
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
 """Statistics of what linear layers read, and of the loss's slope at what they write, over calibration batches.
 
-Nothing is kept but sums. Every token counts the same, padding included: give calibration rows that fill their windows.
+Nothing is kept but sums. Every token counts the same, and padding does not count.
 Where several processes run, all are given the same batches; each looks at its share, and all end with the sums of all.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atp.passes import removed_after
+from atp.passes import real_tokens, removed_after
 from atp.processes import counted, dealt, least, summed
 from atp.structure.live import base_layer
 
@@ -56,19 +56,21 @@ def input_moments(
             moments[name] = Moments(len(x), total, squares)
 
     with torch.no_grad():
-        _pass_through(batches, forward, partial(watched_inputs, layers, see))
+        _pass_through(batches, forward, partial(_watched_inputs, layers, see))
     return {name: Moments(counted(m.tokens), summed(m.total), summed(m.squares)) for name, m in moments.items()}
 
 
 @contextmanager
-def watched_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watched_inputs(
+    layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], real: Tensor | None
+) -> Iterator[None]:
     """Call `see(name, x)` with every input of each layer, flattened to `(tokens, in_features)` and in float32.
 
-    Masked layers show what comes in before their mask is applied.
+    Masked layers show what comes in before their mask is applied. `real`: tokens that are seen; None: all.
     """
 
     def hook(name: str) -> Callable:
-        return lambda _module, inputs: see(name, inputs[0].detach().flatten(0, -2).float())
+        return lambda _module, inputs: see(name, _flat(inputs[0], real))
 
     with removed_after([layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]):
         yield
@@ -135,24 +137,34 @@ def input_grams(
             ready[name].addmm_(x.T, x)
 
         with torch.no_grad():
-            _pass_through(batches, forward, partial(watched_inputs, {name: waiting.pop(name) for name in ready}, see))
+            _pass_through(batches, forward, partial(_watched_inputs, {name: waiting.pop(name) for name in ready}, see))
         while ready:
             name = next(iter(ready))
             yield name, summed(ready.pop(name))
 
 
 def _pass_through(
-    batches: Batches, through: Callable[[Any], object], watched: Callable[[], AbstractContextManager]
+    batches: Batches, through: Callable[[Any], object], watched: Callable[[Tensor | None], AbstractContextManager]
 ) -> None:
-    """Pass this process's share of the batches through, those that count within `watched()`."""
+    """Pass this process's share of the batches through, those that count within `watched(real_tokens(batch))`."""
     for one in dealt(batches):
-        with watched() if one.counts else nullcontext():
+        with watched(real_tokens(one.batch)) if one.counts else nullcontext():
             through(one.batch)
+
+
+def _flat(x: Tensor, real: Tensor | None) -> Tensor:
+    """`(tokens, features)` of `(rows, tokens, features)`, float32, without those that are not `real`."""
+    found = x.detach().flatten(0, -2).float()
+    return found if real is None or real.numel() != len(found) else found[real.flatten().to(found.device)]
 
 
 @contextmanager
 def _watched_curvature(
-    layers: Mapping[str, nn.Module], found: Mapping[str, Curvature], tokens: dict[str, int], steps: dict[str, int]
+    layers: Mapping[str, nn.Module],
+    found: Mapping[str, Curvature],
+    tokens: dict[str, int],
+    steps: dict[str, int],
+    real: Tensor | None,
 ) -> Iterator[None]:
     """Add to `found`, to `tokens` with every forward pass, and to `steps` with every backward pass.
 
@@ -161,12 +173,12 @@ def _watched_curvature(
 
     def hook(name: str) -> Callable:
         def forward_hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
+            x = _flat(inputs[0], real)
             found[name].inputs.addmm_(x.T, x)
             tokens[name] += len(x)
 
             def backward_hook(gradient: Tensor) -> None:
-                d = gradient.flatten(0, -2).float()
+                d = _flat(gradient, real)
                 found[name].gradients.addmm_(d.T, d)
                 steps[name] += len(d)
 

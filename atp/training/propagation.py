@@ -24,7 +24,17 @@ from tqdm.auto import tqdm
 
 from atp.criteria.statistics import Batches
 from atp.layers import Attachment
-from atp.passes import as_given, beside, block_calls, first_output, giving, inputs_of, outputs_of, removed_after
+from atp.passes import (
+    as_given,
+    beside,
+    block_calls,
+    first_output,
+    giving,
+    inputs_of,
+    outputs_of,
+    real_tokens,
+    removed_after,
+)
 from atp.processes import counted, dealt
 from atp.structure.discovery import Block
 from atp.structure.sharding import gathered, is_sharded
@@ -42,12 +52,18 @@ class Stream:
     """One calibration batch, number `index` of all, on its way.
 
     `dense`, `pruned`: hidden states before a block, `(rows, tokens, hidden)`, of both models.
+    `real`: which tokens are no padding, bool, `(rows, tokens)`; None: all.
     """
 
     index: int
     dense: Tensor
     pruned: Tensor
     calls: list[tuple[tuple, dict[str, Any]]]
+    real: Tensor | None = None
+
+    def of_real(self, x: Tensor) -> Tensor:
+        """Of `x`, `(rows, tokens, features)`, what is no padding: `x`, or `(1, real tokens, features)`."""
+        return x if self.real is None else x[self.real.to(x.device)][None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +137,7 @@ def follow(
             sharded = any(is_sharded(p) for module in modules for p in module.parameters())
             calls, precision = block_calls(modules, forward, seen, to_the_end=sharded)
         streams = [
-            Stream(one.index, each.hidden, each.hidden, each.of_block)
+            Stream(one.index, each.hidden, each.hidden, each.of_block, real_tokens(one.batch))
             for one, each in zip(own, calls, strict=True)
             if one.counts
         ]
@@ -154,7 +170,11 @@ def _follow_block(
     def wanted(way: _Way, by_writer: list[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
         for stream, whole, written in zip(streams, dense, by_writer, strict=True):
             missing = whole - stream.pruned if additive else torch.zeros_like(whole)
-            yield way.wanted(written, attachment.along_stream(written), missing)
+            target, weight = way.wanted(written, attachment.along_stream(written), missing)
+            yield stream.of_real(target), None if weight is None else stream.of_real(weight)
+
+    def real(inputs: list[Tensor]) -> list[Tensor]:
+        return [stream.of_real(x) for stream, x in zip(streams, inputs, strict=True)]
 
     off = attachment.switched_off()
     if block.attention.path in off:
@@ -163,7 +183,7 @@ def _follow_block(
         read = [inputs_of(attention.writer, module, s.pruned, *s.calls[index]) for s in streams]
         if block.attention.writer.path in writers:
             keep = writers[block.attention.writer.path]
-            refit_writer(attention.writer, keep, read, wanted(attention, by_attention))
+            refit_writer(attention.writer, keep, real(read), wanted(attention, by_attention))
         for i, stream in enumerate(streams):
             written = attention.writer(read[i])
             with attention.gives(written):
@@ -175,9 +195,9 @@ def _follow_block(
     by_attention.clear()
     if block.mlp.path not in off:
         seeds = [s.index for s in streams]
-        refit_readers(attachment, block.mlp, read, lambda: wanted(mlp, by_mlp), seeds, reader_rounds)
+        refit_readers(attachment, block.mlp, real(read), lambda: wanted(mlp, by_mlp), seeds, reader_rounds)
         read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
-        refit_writer(mlp.writer, writers[block.mlp.writer.path], read, wanted(mlp, by_mlp))
+        refit_writer(mlp.writer, writers[block.mlp.writer.path], real(read), wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):
         if not additive:
             stream.pruned = first_output(module, stream.pruned, *stream.calls[index])

@@ -8,7 +8,7 @@ import torch
 
 from atp.criteria import scores, statistics
 from atp.criteria.ranking import default_protect, rank, starting_logits
-from atp.criteria.statistics import curvatures
+from atp.criteria.statistics import curvatures, input_moments
 from atp.criteria.surgeon import refitted, removal_costs
 from atp.layers import Attachment, attach
 from atp.structure.budget import project
@@ -226,6 +226,30 @@ def test_curvatures_are_the_same_under_checkpointing() -> None:
     for path, plain in found[0].items():
         torch.testing.assert_close(found[1][path].inputs, plain.inputs)
         torch.testing.assert_close(found[1][path].gradients, plain.gradients)
+
+
+def test_padding_is_no_data() -> None:
+    model, space, modules = parts("width")
+    attachment = attach(model, space)
+    attachment.require_gradients(True)
+    layers = {path: modules[path] for path in modules if path.endswith(("o_proj", "down_proj"))}
+    rows = [IDS[i % 3 : i % 3 + 1, : 4 + i] for i in range(6)]
+
+    def loss(batch: dict) -> torch.Tensor:
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(**batch, labels=labels).loss * (labels[:, 1:] != -100).sum()
+
+    found = []
+    for batches in ([families.padded([row]) for row in rows], [families.padded(rows)]):
+        leaves = list(attachment.masks.values())
+        moments = input_moments(layers, lambda batch: model(**batch), batches)
+        found.append((dict(curvatures(layers, loss, leaves, batches)), moments))
+    (alone, alone_moments), (together, together_moments) = found
+    for path in layers:
+        assert together_moments[path].tokens == sum(row.numel() for row in rows)
+        torch.testing.assert_close(together_moments[path].total, alone_moments[path].total, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[path].inputs, alone[path].inputs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(together[path].gradients, alone[path].gradients, rtol=1e-4, atol=1e-6)
 
 
 def test_second_order_taylor_follows_the_expansion() -> None:

@@ -71,6 +71,22 @@ def test_computing_only_what_is_kept_gives_the_same_weights(family: str, space: 
         assert families.relative_error(found[name], weight) <= 1e-3, name
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_padding_is_not_refitted_to(family: str, monkeypatch) -> None:
+    monkeypatch.setattr(refitting, "READER_TOKENS", 10**6)  # none are drawn, all are taken
+    rows = [ids[i : i + 1, : 4 + 2 * i] for ids in IDS for i in range(4)]
+    found = []
+    for batches in ([families.padded([row]) for row in rows], [families.padded(rows[:9]), families.padded(rows[9:])]):
+        model = families.with_lora(families.build(family))
+        table = build_space(discover(model), "width")
+        attachment = attach(model, table)
+        compensation = Compensation("follow", attachment, lambda batch, model=model: model(**batch), batches)
+        compensation.apply(random_masks(table, 0.3), table.full())
+        found.append(dict(compensation.state()))
+    for name, weight in found[0].items():
+        assert families.relative_error(found[1][name], weight) <= 1e-3, name
+
+
 def test_attention_of_the_pruned_stream_runs_once_a_batch(monkeypatch) -> None:
     calls = []
     own = LlamaAttention.forward
