@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 
@@ -24,6 +25,23 @@ def first_output(
     """What a module gives, or the first of what it gives."""
     output = module(hidden, *args, **(kwargs or {}))
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within it modules are in training mode, so that checkpointing saves memory, but dropouts pass on what they get.
+
+    Between steps they are in either mode: an evaluation leaves the other one behind. Backward passes belong inside, for
+    what checkpointing computes again must be what it was.
+    """
+    before = {module: module.training for module in model.modules()}
+    for module in before:
+        module.training = not isinstance(module, _DropoutNd)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def real_tokens(batch: Any) -> Tensor | None:

@@ -221,11 +221,14 @@ def test_accumulation_4x2_equals_1x8(tmp_path: Path, mode: str, late: dict[str, 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # its name until 5.22
 @pytest.mark.parametrize("late", [{}, runs.LATE], ids=["", "late"])
 @pytest.mark.parametrize("mode", ["joint", "alternating"])
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str, late: dict[str, float]) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_changes_nothing(
+    tmp_path: Path, mode: str, late: dict[str, float], dropout: float
+) -> None:
     cfg = runs.config(mode=mode, **late)
-    plain = runs.trainer(tmp_path / "a", cfg)
+    plain = runs.trainer(tmp_path / "a", cfg, model=runs.peft_model(dropout))
     plain.train()
-    checkpointed = runs.trainer(tmp_path / "b", cfg, gradient_checkpointing=True)
+    checkpointed = runs.trainer(tmp_path / "b", cfg, model=runs.peft_model(dropout), gradient_checkpointing=True)
     checkpointed.train()
     assert runs.same(decision(plain), decision(checkpointed))
     assert runs.worst(runs.adapter(checkpointed), runs.adapter(plain)) < 1e-3

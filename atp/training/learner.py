@@ -20,6 +20,7 @@ from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
 from atp.ops.implementation import uses_triton
+from atp.passes import without_dropout
 from atp.processes import averaged, from_first
 from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
@@ -137,9 +138,10 @@ class DecisionLearner:
         self._noisy = self._sample()
         self.attachment.require_gradients(True)
         self.attachment.set_masks({k: v.detach() for k, v in soften(self._noisy, self._temperature).items()})
-        value = loss()
         leaves = list(self.attachment.masks.values())
-        gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+        with without_dropout(self.attachment.lm):
+            value = loss()
+            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
         self.attachment.require_gradients(False)
         self.metrics["generator_loss"] = averaged({"loss": value.detach()[None]})["loss"].item()
         self._update(dict(zip(self.attachment.masks, gradients, strict=True)))
@@ -282,7 +284,7 @@ class DecisionLearner:
 
     def _set_start(self) -> None:
         kept = {s.name: torch.full((s.size,), self.config.logit_bias) for s in self.space.sets}
-        with self.attachment.plainly():
+        with self.attachment.plainly(), without_dropout(self.attachment.lm):
             drawn = self._draw()
         self.generator.set_start(from_first(drawn or kept))
 

@@ -3,13 +3,12 @@
 It knows no Trainer: `ATPCallback` calls it at the Trainer's events.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.data import DataLoader
 
 from atp.config import ATPConfig
@@ -153,25 +152,9 @@ class PruningRun:
         return loss * share if learned else loss.nan_to_num() * 0.0  # a mean over no labels is not a number
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
-        """The model's own loss on a calibration batch, without dropout; the global random state is left as it was."""
+        """The model's own loss on a calibration batch; the global random state is left as it was."""
         device = next(self._model.parameters()).device
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         paused = self._distillation.paused() if self._distillation else nullcontext()
-        with drawn_aside(self._model), paused, _without_dropout(self._model):
+        with drawn_aside(self._model), paused:
             return self._model(**inputs).loss
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it modules are in training mode, so that checkpointing saves memory, but dropouts pass on what they get.
-
-    Between steps they are in either mode: an evaluation leaves the other one behind.
-    """
-    before = {module: module.training for module in model.modules()}
-    for module in before:
-        module.training = not isinstance(module, _DropoutNd)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
