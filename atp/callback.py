@@ -259,10 +259,10 @@ class ATPCallback(TrainerCallback):
             )
             learner.freeze()
         self._watching().end(state.global_step)
-        self._write_final(args, state, model, kwargs.get("processing_class"))
+        processing_class = kwargs.get("processing_class")
+        self._write_final(args, state, model, processing_class)
         if self.config.export:
             pruned, writes = Path(args.output_dir) / "pruned", state.is_world_process_zero
-            processing_class = kwargs.get("processing_class")
             about = self._about(model, evaluation)
             export(model, pruned, processing_class=processing_class, overwrite=True, writes=writes, about=about)
         if self._report and state.is_world_process_zero:
