@@ -28,20 +28,35 @@ def first_output(
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Give every module its mode, training or evaluation, back at the end: they need not all be in the same."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode."""
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """Within it modules are in training mode, so that checkpointing saves memory, but dropouts pass on what they get.
 
     Between steps they are in either mode: an evaluation leaves the other one behind. Backward passes belong inside, for
     what checkpointing computes again must be what it was.
     """
-    before = {module: module.training for module in model.modules()}
-    for module in before:
-        module.training = not isinstance(module, _DropoutNd)
-    try:
+    with modes_kept(model):
+        for module in model.modules():
+            module.training = not isinstance(module, _DropoutNd)
         yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 def real_tokens(batch: Any) -> Tensor | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from atp.passes import evaluating, removed_after
+
 _TOKENS = 4
 
 
@@ -25,12 +27,6 @@ def flops_per_token(model: PreTrainedModel) -> int:
         counted += 2 * module.in_features * output.numel()
 
     handles = [module.register_forward_hook(count) for module in model.modules() if isinstance(module, nn.Linear)]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model), removed_after(handles):
         model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
     return counted // _TOKENS

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from atp.evaluation.speed import parameter_sizes
+from atp.passes import evaluating, removed_after
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 
@@ -116,17 +117,11 @@ def _milliseconds(
         for handle in (module.register_forward_pre_hook(begin), module.register_forward_hook(ending(part)))
     ]
     ids: Tensor = torch.zeros(1, prompt_tokens, dtype=torch.long, device=model.device)
-    was_training = model.training
-    model.eval()
     rounds = []
-    try:
+    with evaluating(model), removed_after(handles):
         for _ in range(calls + 1):
             spent.clear()
             model(input_ids=ids, use_cache=True)
             rounds.append(dict(spent))
-    finally:
-        model.train(was_training)
-        for handle in handles:
-            handle.remove()
     timed = rounds[1:]  # the first warms up
     return {part: 1e3 * statistics.median(each.get(part, 0.0) for each in timed) for part in PARTS}

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from atp.errors import DataError
+from atp.passes import evaluating
 
 _IGNORED = -100
 
@@ -58,11 +59,9 @@ def perplexity_by_row(
     model: PreTrainedModel, dataset: Sequence[Mapping[str, Any]], batch_size: int = 8, progress: bool = True
 ) -> tuple[Perplexity, Tensor]:
     """As `perplexity`, and each row's sum of -log p and number of label tokens, `(rows, 2)`, float64 on the CPU."""
-    was_training = model.training
-    model.eval()
     measured: list[Tensor] = []
     seen, start = 0, time.perf_counter()
-    try:
+    with evaluating(model):
         for first in tqdm(
             range(0, len(dataset), batch_size),
             desc="perplexity",
@@ -74,8 +73,6 @@ def perplexity_by_row(
             rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]
             measured.append(_by_row(model, rows))
             seen += sum(len(row["input_ids"]) for row in rows)
-    finally:
-        model.train(was_training)
     by_row = torch.cat(measured or [torch.zeros(0, 2)])
     return _summed(by_row, seen, time.perf_counter() - start), by_row
 

@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from atp.passes import evaluating
+
 
 @torch.no_grad()
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int = 48) -> str:
@@ -17,9 +19,7 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
     if longest is not None:
         ids = ids[:, -max(longest - new_tokens, 1) :]
     ids = ids.to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         written = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -27,6 +27,4 @@ def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pro
             max_new_tokens=new_tokens,
             pad_token_id=tokenizer.pad_token_id or 0,
         )
-    finally:
-        model.train(was_training)
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from atp.passes import evaluating
 from atp.structure.live import is_quantised
 
 _SHARES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
@@ -95,14 +96,10 @@ def _speed(tokens: int, seconds: Sequence[float]) -> Speed:
 
 
 def _timed(model: PreTrainedModel, call: Callable[[], object], calls: int, warmup_calls: int) -> list[float]:
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for _ in range(warmup_calls):
             call()
         return [_seconds(model, call) for _ in range(calls)]
-    finally:
-        model.train(was_training)
 
 
 def _seconds(model: PreTrainedModel, call: Callable[[], object]) -> float:

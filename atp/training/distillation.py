@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from atp.data import IGNORED
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
+from atp.passes import evaluating
 from atp.training.compensation import Compensation
 
 CHUNK = 256
@@ -158,12 +159,14 @@ class Distillation:
 
     @contextmanager
     def _as_teacher(self, backbone: nn.Module) -> Iterator[None]:
-        backbone.eval()
-        try:
-            with self.paused(), self._attachment.lifted(), self._compensation.undone(), self._exchanged(self._adapters):
-                yield
-        finally:
-            backbone.train()
+        with (
+            evaluating(backbone),
+            self.paused(),
+            self._attachment.lifted(),
+            self._compensation.undone(),
+            self._exchanged(self._adapters),
+        ):
+            yield
 
     @contextmanager
     def _exchanged(self, adapters: Mapping[str, nn.Parameter]) -> Iterator[None]:

@@ -10,10 +10,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import send_to_device
+from torch import nn
 
 from atp.data import causal, learned_tokens
 from atp.layers import Attachment
+from atp.passes import evaluating
 from atp.processes import dealt, summed
 from atp.randomness import drawn_aside
 from atp.training.compensation import Compensation
@@ -78,15 +80,9 @@ class HeldOut:
         device = next(self._model.parameters()).device
         for first in range(0, len(self._rows), self._batch_size):
             batch = causal(self._collate(self._rows[first : first + self._batch_size]))
-            yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            yield send_to_device(dict(batch), device)
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        training = {module: module.training for module in self._model.modules()}
-        self._model.eval()
-        try:
-            with drawn_aside(self._model), self._paused():
-                yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with evaluating(self._model), drawn_aside(self._model), self._paused():
+            yield

@@ -28,6 +28,7 @@ from atp.passes import (
     as_given,
     beside,
     block_calls,
+    evaluating,
     first_output,
     giving,
     inputs_of,
@@ -127,9 +128,7 @@ def follow(
         quiet: no progress bars.
     """
     lm, blocks = attachment.lm, attachment.space.structure.blocks
-    was_training = lm.training
-    lm.eval()
-    try:
+    with evaluating(lm):
         own = list(dealt(batches))
         seen = tqdm([one.batch for one in own], desc="atp: rows to refit to", leave=False, disable=quiet)
         with attachment.opened():
@@ -149,8 +148,6 @@ def follow(
             for block in tqdm(blocks, desc="atp: refitting blocks", leave=False, disable=quiet):
                 with gathered(lm.get_submodule(block.path), changes=True):
                     _follow_block(attachment, block, writers, original, reader_rounds, streams)
-    finally:
-        lm.train(was_training)
 
 
 def _follow_block(

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -153,8 +154,7 @@ class PruningRun:
 
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's own loss on a calibration batch; the global random state is left as it was."""
-        device = next(self._model.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = send_to_device(dict(batch), next(self._model.parameters()).device)
         paused = self._distillation.paused() if self._distillation else nullcontext()
         with drawn_aside(self._model), paused:
             return self._model(**inputs).loss

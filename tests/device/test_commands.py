@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from atp.bench import whole_run
 from atp.cli import main
 from tests import tiny
 from tests.device import in_its_own_process
@@ -76,5 +77,6 @@ def test_bench(files, device, name, space):
     bench(files, name, "--calls", 1, "--space", space, *BENCHES[name])
 
 
-def test_bench_of_a_whole_run(files, device):
+def test_bench_of_a_whole_run(files, device, monkeypatch):
+    monkeypatch.setattr(whole_run, "_DATASET_ROWS", 40)  # to score and refit to: every operation takes long here
     bench(files, "run", "--rows", 2, "--length", 8, "--steps", 40, "--calls", 2)

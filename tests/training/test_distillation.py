@@ -166,3 +166,12 @@ def test_micro_batches_and_token_counts_scale_like_the_task_loss() -> None:
     made._ranks, made._micro_batches = 1, 1
     (8 * model(input_ids=IDS, labels=LABELS).loss).backward()
     assert runs.worst({k: g / 8 for k, g in gradients(model).items()}, whole) < 1e-5
+
+
+def test_a_step_gives_modules_their_own_modes_back() -> None:
+    model, made = student()
+    causal_lm(model).model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    made.begin_step(begins=False)
+    model(input_ids=IDS, labels=LABELS).loss.backward()
+    assert [module.training for module in model.modules()] == before

@@ -252,3 +252,13 @@ def test_it_runs_in_the_precision_of_the_forward_pass() -> None:
     attachment.modules[path].register_forward_hook(lambda _m, _a, y: seen.add(y.dtype))
     Compensation("follow", attachment, forward, IDS).apply(decision, attachment.space.full())
     assert seen == {torch.bfloat16}
+
+
+def test_a_refit_gives_modules_their_own_modes_back() -> None:
+    model = families.with_lora(families.build("llama")).train()
+    attachment = attach(model, build_space(discover(model), "width"))
+    attachment.lm.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    compensation = Compensation("follow", attachment, lambda ids: model(input_ids=ids), IDS)
+    compensation.apply(random_masks(attachment.space, 0.3), attachment.space.full())
+    assert [module.training for module in model.modules()] == before

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.errors import ConfigError
+from atp.passes import modes_kept
 
 _END = "<|endoftext|>"
 
@@ -43,13 +44,9 @@ def part(module: str) -> Any:
 def harnessed(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, **settings: Any
 ) -> Iterator[Any]:
-    """The harness's `LM` of a loaded model, which gets its training flag back; the harness speaks of errors only."""
-    was_training = model.training
-    try:
-        with quietly():
-            yield _lm_class()(model, batch_size=batch_size, **_with_tokens(tokenizer, model), **settings)
-    finally:
-        model.train(was_training)
+    """The harness's `LM` of a loaded model, whose modules get their modes back; the harness speaks of errors only."""
+    with modes_kept(model), quietly():
+        yield _lm_class()(model, batch_size=batch_size, **_with_tokens(tokenizer, model), **settings)
 
 
 def _with_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from atp.passes import evaluating
 from atp.randomness import drawn_aside
 from atp.recovery.generation.settings import WritingSettings
 from atp.recovery.generation.starts import Start
@@ -103,14 +104,13 @@ class _GreedyUntil(LogitsProcessor):
 @contextmanager
 def _as_told(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode, and with no generation settings of its own."""
-    own, was_training = model.generation_config, model.training
+    own = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = own
-        model.train(was_training)
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
