@@ -142,7 +142,7 @@ class ATPCallback(TrainerCallback):
         _require_dense_reference(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         _require_one_gpu_each(args, model)
-        _require_what_can_be_followed(args, state, self.config)
+        _require_what_can_be_followed(args, state, model, self.config)
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._let_go(model)
@@ -210,7 +210,8 @@ class ATPCallback(TrainerCallback):
         decided = learner.step >= learner.schedule.start_step
         if self._evaluated_step != state.global_step:  # by another of several sets
             monitor.measure_held_out(state.global_step, dense=not learner.frozen, pruned=decided)
-        self._evaluated_step = state.global_step
+        if monitor.held_out is not None:
+            self._evaluated_step = state.global_step
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -369,7 +370,7 @@ class ATPCallback(TrainerCallback):
             loader,
             self._given_calibration,
             total_steps=state.max_steps,
-            batch_size=state.train_batch_size or args.per_device_train_batch_size,
+            batch_size=_batch_size(loader, args),
             micro_batches=args.gradient_accumulation_steps,
             ranks=args.world_size if args.average_tokens_across_devices else 1,
             quiet=args.disable_tqdm or not state.is_world_process_zero,
@@ -528,7 +529,14 @@ def _require_one_gpu_each(args: TrainingArguments, model: nn.Module) -> None:
         )
 
 
-def _require_what_can_be_followed(args: TrainingArguments, state: TrainerState, config: ATPConfig) -> None:
+def _batch_size(loader: DataLoader, args: TrainingArguments) -> int:
+    """Rows of a training pass: `auto_find_batch_size` may have found fewer than `args` say, a state may be resumed."""
+    return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or args.per_device_train_batch_size
+
+
+def _require_what_can_be_followed(
+    args: TrainingArguments, state: TrainerState, model: nn.Module, config: ATPConfig
+) -> None:
     """Settings of the Trainer under which gradients, checkpoints or the stream are not where they are looked for."""
     if state.is_hyper_param_search:
         raise UnsupportedModelError(
@@ -540,17 +548,22 @@ def _require_what_can_be_followed(args: TrainingArguments, state: TrainerState, 
             "enable_jit_checkpoint saves within a step, without the pruning state: set it to False and save by "
             "save_steps, from which a killed run goes on"
         )
-    for name in ("gradient_checkpointing", "activation_checkpointing"):
-        settings = getattr(args, f"{name}_kwargs", None) or {}
-        if getattr(args, name, False) and settings.get("use_reentrant"):
-            raise UnsupportedModelError(
-                f"{name}_kwargs: use_reentrant hides the gradients that pruning measures: set it to False"
-            )
+    if any(_is_reentrant(module) for module in model.modules()):
+        raise UnsupportedModelError(
+            "gradient checkpointing with use_reentrant=True hides gradients that pruning measures: set it to False "
+            "where it is asked for (gradient_checkpointing_kwargs, prepare_model_for_kbit_training)"
+        )
     if args.neftune_noise_alpha and HIDDEN in config.space:
         raise UnsupportedModelError(
             f"neftune_noise_alpha adds noise to dimensions that space={config.space!r} removes: leave it out, or take "
             "another space"
         )
+
+
+def _is_reentrant(module: nn.Module) -> bool:
+    """Whether what it checkpoints is, which arguments need not say: a script may ask the model itself."""
+    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"))
 
 
 def _require_dense_reference(args: TrainingArguments) -> None:

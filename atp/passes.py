@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.hooks import RemovableHandle
 from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Precision = Callable[[], AbstractContextManager]
 """The autocast that a pass ran in."""
@@ -48,14 +48,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it modules are in training mode, so that checkpointing saves memory, but dropouts pass on what they get.
+    """Within it modules are in evaluation mode, but for those that checkpoint: in that mode they would save no memory.
 
-    Between steps they are in either mode: an evaluation leaves the other one behind. Backward passes belong inside, for
-    what checkpointing computes again must be what it was.
+    Not dropout modules alone go by it: attention, embeddings, NEFTune. Between steps a model is in either mode: an
+    evaluation leaves the other one behind. Backward passes belong inside, for what checkpointing computes again must
+    be what it was.
     """
-    with modes_kept(model):
+    with evaluating(model):
         for module in model.modules():
-            module.training = not isinstance(module, _DropoutNd)
+            module.training = isinstance(module, GradientCheckpointingLayer)
         yield
 
 

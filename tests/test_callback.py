@@ -41,7 +41,7 @@ from atp.structure.discovery import discover
 from atp.structure.live import base_layer, is_quantised
 from atp.training import calibration, refitting, state
 from atp.training.run import TEACHER
-from tests import runs, tiny
+from tests import families, runs, tiny
 
 WAYS = [
     *(("joint", "width"), ("joint", "disp"), ("alternating", "width"), ("alternating", "disp")),
@@ -718,7 +718,7 @@ def test_fsdp1_is_refused_by_name(tmp_path: Path) -> None:
         (
             {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "width",
-            "_kwargs: use_reentrant hides the gradients that pruning measures: set it to False",
+            "use_reentrant=True hides gradients that pruning measures: set it to False where",
         ),
         ({"enable_jit_checkpoint": True}, "width", "enable_jit_checkpoint saves within a step"),
         ({"neftune_noise_alpha": 5.0}, "width+hidden", "neftune_noise_alpha adds noise to dimensions"),
@@ -733,9 +733,9 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, arguments, s
 
 
 def test_trials_of_a_search_are_refused(tmp_path: Path) -> None:
-    args, trial = runs.trainer(tmp_path, None).args, TrainerState(is_hyper_param_search=True)
+    run, trial = runs.trainer(tmp_path, None), TrainerState(is_hyper_param_search=True)
     with pytest.raises(UnsupportedModelError, match="hyperparameter_search keeps checkpoints"):
-        _require_what_can_be_followed(args, trial, runs.config())
+        _require_what_can_be_followed(run.args, trial, run.model, runs.config())
 
 
 def test_a_batch_size_that_is_found_is_that_of_our_passes_too(tmp_path: Path) -> None:
@@ -748,6 +748,24 @@ def test_a_batch_size_that_is_found_is_that_of_our_passes_too(tmp_path: Path) ->
     run.model.register_forward_pre_hook(full, with_kwargs=True)
     assert run.train().global_step == runs.STEPS
     assert run.state.train_batch_size == 2
+
+
+def test_a_run_resumed_with_smaller_batches_has_them_in_our_passes_too(tmp_path: Path) -> None:
+    config = runs.config(calibration_batch_size=None, refit_first_tokens=0)
+    runs.trainer(tmp_path, config, save_strategy="steps", save_steps=4, per_device_train_batch_size=8).train()
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    run = runs.trainer(tmp_path, config, **smaller)
+    rows = []
+    run.model.register_forward_pre_hook(lambda _m, _args, kw: rows.append(len(kw["input_ids"])), with_kwargs=True)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert max(rows) == 2
+
+
+def test_a_model_that_was_asked_itself_for_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+    model = runs.peft_model()
+    families.checkpoint(model, use_reentrant=True)
+    with pytest.raises(UnsupportedModelError, match="use_reentrant=True hides gradients that pruning measures"):
+        runs.trainer(tmp_path, runs.config(), model=model).train()
 
 
 class Sized(IterableDataset):

@@ -3,9 +3,11 @@
 from contextlib import suppress
 
 import pytest
+import torch
 from torch import nn
 
 from atp.passes import evaluating, without_dropout
+from tests import families
 
 
 def mixed() -> nn.Module:
@@ -35,7 +37,24 @@ def test_a_model_is_evaluated_as_a_whole() -> None:
         assert not any(modes(model))
 
 
-def test_without_dropout_all_else_is_in_training_mode() -> None:
-    model = mixed()
+def test_without_dropout_checkpointing_still_computes_again() -> None:
+    model = families.build("llama")
+    families.checkpoint(model)
+    calls = []
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    ids = families.tokens()
     with without_dropout(model):
-        assert all(module.training != isinstance(module, nn.Dropout) for module in model.modules())
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("drops", [{"lora": 0.3, "attention": 0.0}, {"lora": 0.0, "attention": 0.3}])
+def test_without_dropout_a_model_in_training_mode_gives_what_it_gives_in_evaluation(drops) -> None:
+    model = families.with_lora(families.build("llama"), lora_dropout=drops["lora"])
+    for layer in model.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = drops["attention"]
+    ids = families.tokens()
+    truth = model.eval()(input_ids=ids).logits
+    assert not torch.equal(model.train()(input_ids=ids).logits, truth)
+    with without_dropout(model):
+        assert torch.equal(model(input_ids=ids).logits, truth)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from atp.layers.masked import masked
 from atp.layers.swapping import has_own_forward, own_class, restore_forward, swap_forward
 from atp.ops.boundary import add_norm_gather
 from atp.ops.gated import gated
@@ -124,7 +125,7 @@ def _at_norm(fused: FusedMasks, residual: Tensor, update: Tensor | None, norm: A
 def _added(fused: FusedMasks, residual: Tensor, update: Tensor) -> Tensor:
     """The stream with what the MLP wrote; no norm is at hand there."""
     if MLP_OUT in fused.masks:
-        update = update * fused.masks[MLP_OUT].to(update.dtype)
+        update = masked(update, fused.masks[MLP_OUT])
     if MLP_OUT in fused.kept:
         update = scatter_features(update, fused.kept[MLP_OUT].index, residual.shape[-1])
     return residual + update

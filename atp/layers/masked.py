@@ -35,13 +35,18 @@ class AxisMask:
         return cls(leaf, None if axis.is_identity else axis.owner.to(leaf.device), shared or Shared())
 
     def apply(self, x: Tensor) -> Tensor:
-        """`x * mask` along the last dimension, in the dtype of `x`; see `_InHalf`."""
+        """`x * mask` along the last dimension, as `masked` gives it."""
         return self.shared.of(x, self._times, (self.leaf._version, self.leaf.requires_grad))
 
     def _times(self, x: Tensor) -> Tensor:
         alone = self.owner is None or len(self.leaf) == 1
         mask = self.leaf if alone else self.leaf[self.owner]
-        return _InHalf.apply(x, mask) if x.dtype == torch.float16 else x * mask.to(x.dtype)
+        return masked(x, mask)
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """`x * mask` in the dtype of `x`, whose gradient with respect to `mask` is one of float32; see `_InHalf`."""
+    return _InHalf.apply(x, mask) if x.dtype == torch.float16 else x * mask.to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,7 @@ from atp.criteria.statistics import Batches, input_grams, input_moments
 from atp.criteria.surgeon import refitted_base
 from atp.errors import UnsupportedModelError
 from atp.layers import Attachment
+from atp.passes import evaluating
 from atp.structure.discovery import Block
 from atp.structure.live import base_layer, effective_weight, is_quantised
 from atp.structure.sharding import held, is_sharded, part, put, settle, shards_of, whole
@@ -100,7 +101,7 @@ class Compensation:
         if self.how == "none":
             return
         settle(self._attachment.lm)
-        with self._attachment.plainly():
+        with evaluating(self._attachment.lm), self._attachment.plainly():
             self._apply(decision, before, final)
 
     def _apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor], final: bool) -> None:

@@ -53,7 +53,8 @@ class HeldOut:
     @property
     def is_labelled(self) -> bool:
         """Whether there is anything to predict in them."""
-        return all(batch.get("labels") is not None for batch in itertools.islice(self._batches(), 1))
+        with self._untouched():  # a collator may draw
+            return all(batch.get("labels") is not None for batch in itertools.islice(self._batches(), 1))
 
     def dense(self) -> float | None:
         """Log-perplexity with nothing pruned, nats a token; None where base weights that were changed stay so."""

@@ -22,9 +22,10 @@ IDS = [torch.randint(2, 384, (6, 16), generator=torch.Generator().manual_seed(se
 WRITER = "model.layers.2.mlp.down_proj"
 
 
-def attached(space: str = "width", how: str = "weights", uniform: bool = False) -> tuple:
+def attached(space: str = "width", how: str = "weights", uniform: bool = False, dropout: float = 0.0) -> tuple:
     """A tiny LoRA model, its decision, and a compensation that has not been applied."""
-    model = runs.peft_model().eval()
+    model = runs.peft_model(dropout).eval()
+    torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -51,6 +52,18 @@ def test_what_stays_stands_in_for_what_goes(space: str, how: str) -> None:
     attachment.set_masks(decision | ({"2.mlp_out": torch.ones(32)} if space == "disp" else {}))
     after = (layer(seen["x"]) - whole).square().mean()
     assert after < (0.9 if how == "weights" else 1.0) * before
+
+
+@pytest.mark.parametrize("how", ["weights", "bias", "follow"])
+def test_dropout_is_off_while_it_measures(how: str) -> None:
+    found = []
+    for dropout in (0.0, 0.5):
+        _, attachment, decision, compensation = attached(how=how, dropout=dropout)
+        attachment.lm.train()
+        compensation.apply(decision, attachment.space.full())
+        found.append(compensation.state())
+        assert all(module.training for module in attachment.lm.modules())
+    assert runs.same(*found)
 
 
 def test_the_bias_is_the_mean_of_what_is_lost() -> None:
