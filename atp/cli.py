@@ -8,6 +8,7 @@ import argparse
 import errno
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from atp.errors import ATPError, ConfigError
+from atp.files import STREAMS, check_place
 
 COMMANDS = {
     "train": ("train", "tune and prune by a recipe"),
@@ -85,21 +87,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _refuse(_full_disk("a checkpoint", arguments))
     except KeyboardInterrupt:
-        resumable = ": run the same again with --resume to go on from what it has saved"
+        resumable = f": run the same again{_resuming(arguments)} to go on from what it has saved"
         return _refuse(f"interrupted{resumable if hasattr(arguments, 'resume') else ''}", INTERRUPTED)
 
 
 def _full_disk(name: str, arguments: argparse.Namespace) -> str:
-    again = "again with --resume" if hasattr(arguments, "resume") else "the same again"
+    again = f"again{_resuming(arguments)}" if hasattr(arguments, "resume") else "the same again"
     return f"{name}: the disk is full: free some space, then run {again}"
+
+
+def _resuming(arguments: argparse.Namespace) -> str:
+    return " with --resume" + (" in place of --overwrite" if getattr(arguments, "overwrite", False) else "")
 
 
 def _check_place(option: str, file: Path) -> None:
     """Before the work whose results `file` is to hold."""
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise ConfigError(f"--{option} {file}: its folder does not exist: make it first")
-    if file.is_dir():
+    if os.path.isdir(file):
         raise ConfigError(f"--{option} {file}: is a folder: name a file in it")
+    if str(file) not in STREAMS and (os.path.isfile(file) or not os.path.exists(file)):  # else it is written itself
+        check_place(file.resolve().parent)
 
 
 def _refuse(reason: object, status: int = 2) -> int:

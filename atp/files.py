@@ -3,15 +3,19 @@
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
 from atp.errors import ATPError, CheckpointError, ConfigError, in_one_line
+
+STREAMS: dict[str, Callable[[], TextIO]] = {"/dev/stdout": lambda: sys.stdout, "/dev/stderr": lambda: sys.stderr}
+"""Names of what is open already, and may be a file: to be gone on with, not replaced."""
 
 
 def keep_apart(out: Path, *read: Path) -> None:
@@ -21,7 +25,7 @@ def keep_apart(out: Path, *read: Path) -> None:
         ConfigError: naming both.
     """
     for source in read:
-        if source.exists() and source.resolve().is_relative_to(out.resolve()):
+        if os.path.exists(source) and source.resolve().is_relative_to(out.resolve()):
             raise ConfigError(f"{out} is or holds {source}, which would be replaced: choose another name")
 
 
@@ -31,11 +35,21 @@ def check_place(folder: Path) -> None:
     Raises:
         ConfigError: where it cannot.
     """
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if os.path.islink(folder) and not os.path.exists(folder):
+        raise ConfigError(f"{folder} is a link to {os.readlink(folder)}, which is not there: choose another place")
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
     if not there.is_dir():
         raise ConfigError(f"{folder}: {there} is a file, no folder: choose another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: nothing can be written to {there}: choose another place")
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all that is in it, or a link, but not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -109,12 +123,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """
     target, place = Path(path), Path(path).resolve()
     try:
+        if stream := STREAMS.get(str(path)):
+            stream().flush()
+            with open(os.dup(stream().fileno()), "wb") as file:
+                file.write(content)
+            return
         if target.exists() and not target.is_file():  # such as /dev/null
             target.write_bytes(content)
             return
         descriptor, beside = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
     except OSError as error:
-        raise ATPError(f"{target}: cannot be written: {error.strerror}: check that its folder exists") from None
+        do = "check that its folder exists" if isinstance(error, FileNotFoundError) else "choose another place"
+        raise ATPError(f"{target}: cannot be written: {error.strerror}: {do}") from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
@@ -132,7 +152,5 @@ def _take_place(fresh: Path, out: Path, aside: Path) -> None:
         if aside.exists():
             aside.rename(out)
         raise
-    if aside.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        aside.unlink(missing_ok=True)
+    with suppress(OSError):
+        remove(aside)

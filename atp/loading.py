@@ -46,16 +46,25 @@ def load(
     return load_exported(path, **kwargs)
 
 
-def load_dense(path: str | Path, *, base: str | None = None, gguf_file: str | None = None) -> PreTrainedModel:
+def load_dense(
+    path: str | Path, *, base: str | None = None, gguf_file: str | None = None, plain: bool = False
+) -> PreTrainedModel:
     """The dense tuned model of a run's output folder: its base as it was and its adapter, merged, nothing pruned.
 
     Quantised base weights stay as they are, and the adapter beside them.
+
+    Args:
+        base, gguf_file: as in `load`.
+        plain: load the base model unquantised, whatever the recipe says.
 
     Raises:
         CheckpointError, ModelError: as `load`.
     """
     adapter = adapter_of_run(Path(path))
-    model = _with_adapter(adapter, base_of(adapter, base, gguf_file))
+    settings = base_of(adapter, base, gguf_file)
+    if plain:
+        settings = dataclasses.replace(settings, load_in_4bit=False, load_in_8bit=False)
+    model = _with_adapter(adapter, settings)
     quantised = getattr(model.get_base_model(), "is_quantized", False)
     return model.get_base_model() if quantised else model.merge_and_unload()
 
@@ -85,6 +94,7 @@ def base_of(adapter: Path, base: str | None = None, gguf_file: str | None = None
     Raises:
         CheckpointError: where nothing says.
     """
+    adapter = adapter.absolute()
     recipe = adapter.parent / "recipe.yaml"
     if recipe.is_file():
         model = Recipe.from_yaml(recipe).model

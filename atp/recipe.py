@@ -13,7 +13,7 @@ output_dir: runs/mine
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,7 +25,7 @@ import yaml
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-from atp.checks import number, require
+from atp.checks import number, positive, positive_int, require
 from atp.config import ATPConfig, check_keys, read_yaml
 from atp.errors import ATPError, ConfigError
 
@@ -37,6 +37,24 @@ TWO_NAMES = {
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
 """Names of training arguments before and after transformers renamed them; a recipe may use either."""
+
+_TRAINING: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        positive_int,
+        "an integer >= 1",
+    ),
+    (("dataloader_num_workers",), lambda value: value >= 0, "an integer >= 0"),
+    (("seed", "data_seed"), lambda value: 0 <= value < 2**32, "an integer in [0, 2^32)"),
+    (
+        ("learning_rate", "weight_decay", "adam_epsilon", "warmup_steps"),
+        lambda value: number(value) and value >= 0,
+        "a number >= 0",
+    ),
+    (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "a number in [0, 1)"),
+    (("num_train_epochs",), positive, "a number above 0"),
+)
+"""What the Trainer itself would find out too late, or not at all: settings, what they must fit, and that in words."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,12 @@ class ModelSettings:
                 f"model: a GGUF file cannot be loaded with load_in_{self.bits}bit: give the folder or hub name of the "
                 "original model"
             )
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Where it lies, if it is no hub name."""
+        folder = Path(self.name_or_path)
+        return (folder, folder / self.gguf_file) if self.gguf_file else (folder,)
 
     @property
     def bits(self) -> int | None:
@@ -177,12 +201,10 @@ class Recipe:
         `use_cpu` follows the machine unless it is set, so that one recipe with `bf16: true` runs on either.
         """
         defaults = {"output_dir": self.output_dir, "use_cpu": not torch.accelerator.is_available()}
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-            if (size := self.training.get(name, 1)) < 1:
-                raise ConfigError(f"training: {name}={size} is not allowed: it must be an integer >= 1")
-        for name in ("learning_rate", "weight_decay", "adam_epsilon"):
-            if not number(value := self.training.get(name, 0)) or value < 0:
-                raise ConfigError(f"training: {name}={value} is not allowed: it must be a number >= 0")
+        for names, fits, allowed in _TRAINING:
+            for name in names:
+                if (value := self.training.get(name)) is not None and not fits(value):
+                    raise ConfigError(f"training: {name}={value} is not allowed: it must be {allowed}")
         return _construct(TrainingArguments, defaults | self.training, "training")
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -316,6 +317,33 @@ def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
     assert "training" in json.loads((run / "metrics.json").read_text())
 
 
+def test_overwrite_takes_links_away_and_leaves_what_they_point_to(recipe, tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    (run / "final").rename(elsewhere)
+    (run / "final").symlink_to(elsewhere)
+    (tmp_path / "mine.yaml").write_text("by: hand")
+    (run / "recipe.yaml").unlink()
+    (run / "recipe.yaml").symlink_to(tmp_path / "mine.yaml")
+    assert main(["train", written(recipe, tmp_path), "--overwrite"]) == 0
+    assert not (run / "final").is_symlink()
+    assert (elsewhere / "adapter_config.json").is_file()
+    assert (tmp_path / "mine.yaml").read_text() == "by: hand"
+    assert Recipe.from_yaml(run / "recipe.yaml")
+
+
+@pytest.mark.parametrize("option", ["", "--overwrite"])
+def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, capsys, monkeypatch, option):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("atp.commands.train.base_model", interrupted)
+    assert main(["train", written(recipe, tmp_path), *([option] if option else [])]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "the same again with --resume" in line
+    assert ("in place of --overwrite" in line) == bool(option)
+
+
 def test_a_checkpoint_that_a_kill_left_unfinished_is_set_aside(recipe, tmp_path, capsys):
     recipe["training"]["max_steps"] = 4
     path, run = written(recipe, tmp_path), tmp_path / "run"
@@ -387,17 +415,21 @@ def test_of_several_gpus_one_process_takes_one(recipe, tmp_path, caplog, monkeyp
     assert "one of 2 GPUs: start it with accelerate launch" in caplog.text
 
 
-def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(recipe, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("fills", ["perplexity", "continuation"])
+def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(fills, recipe, tmp_path, caplog, monkeypatch):
+    """What has been measured before there was none is kept."""
+
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     recipe["measure_base"] = False
-    monkeypatch.setattr("atp.commands.results.quality", full)
+    monkeypatch.setattr(f"atp.commands.results.{fills}", full)
     assert main(["train", written(recipe, tmp_path)]) == 0
-    assert "is complete, but there was no room on the GPU to measure the model" in caplog.text
+    assert "is complete, but there was no room on the GPU to measure all of the model" in caplog.text
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["pruning"]["sparsity"] == pytest.approx(0.4, abs=0.05)
-    assert "validation" not in metrics
+    assert metrics["pruned"]["bytes"] > 0
+    assert ("validation" in metrics) == (fills == "continuation")
     assert {sample["result"] for sample in metrics["samples"]} == {None}
     assert (tmp_path / "run" / "pruned" / "model.safetensors").is_file()
     assert (tmp_path / "run" / "report.html").is_file()
@@ -417,6 +449,12 @@ def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(recipe, 
         (["--training.learning_rate", "fast"], "learning_rate='fast' is of the wrong type"),
         (["--training.eval_strategy", "sometimes"], "training: "),
         (["--training.per_device_train_batch_size", "0"], "per_device_train_batch_size=0 is not allowed"),
+        (["--training.gradient_accumulation_steps", "-1"], "gradient_accumulation_steps=-1 is not allowed"),
+        (["--training.dataloader_num_workers", "-1"], "dataloader_num_workers=-1 is not allowed"),
+        (["--training.seed", "-1"], "seed=-1 is not allowed: it must be an integer in [0, 2^32)"),
+        (["--training.warmup_steps", ".nan"], "warmup_steps=nan is not allowed"),
+        (["--training.adam_beta1", "2"], "adam_beta1=2.0 is not allowed: it must be a number in [0, 1)"),
+        (["--training.num_train_epochs", "-1"], "num_train_epochs=-1.0 is not allowed: it must be a number above 0"),
         (["--training.output_dir", "x"], "output_dir is set at the top"),
         (["--model.dtype", "int8"], "dtype='int8' is not allowed"),
         (["--model.name_or_path", "./nowhere"], "./nowhere: no such folder"),
@@ -496,6 +534,15 @@ def test_results_are_written_to_where_a_link_points_and_into_what_is_no_file(tmp
     assert (tmp_path / "pipe").is_fifo()
 
 
+def test_results_on_standard_output_stand_among_what_else_is_printed(base, tmp_path):
+    with (tmp_path / "printed").open("w") as printed:
+        words = [sys.executable, "-m", "atp", "inspect", str(base), "--json", "/dev/stdout"]
+        assert subprocess.run(words, stdout=printed, check=False).returncode == 0
+    found = (tmp_path / "printed").read_text()
+    assert "prunable" in found[: found.index('"prunable_parameters"')], "the table before it"
+    assert json.loads(found[found.index("\n{") :])["parameters"] > 0
+
+
 def test_a_folder_is_replaced_where_a_link_points(tmp_path, monkeypatch):
     (tmp_path / "large" / "old").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "large")
@@ -518,6 +565,22 @@ def test_places_that_cannot_be_written_are_one_line_before_any_work(recipe, base
     assert says in refused(capsys, "train", path, "--output_dir", file / "run")
     assert says in refused(capsys, "compare", path, "--out", file)
     assert says in refused(capsys, "export", base, file / "out")
+    (tmp_path / "link").symlink_to(file / "out")
+    assert f"{file} is a file, no folder" in refused(capsys, "export", base, tmp_path / "link")
+    assert "link is a link to" in refused(capsys, "train", path, "--output_dir", tmp_path / "link")
+    closed, stat = tmp_path / "closed", os.stat
+    closed.mkdir()
+
+    def refusing(place, *args, **kwargs):
+        if str(place).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return stat(place, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refusing)
+    monkeypatch.setattr(os, "access", lambda place, mode: not str(place).startswith(str(closed)))
+    says = f"nothing can be written to {closed}: choose another place"
+    assert says in refused(capsys, "train", path, "--output_dir", closed / "run")
+    assert says in refused(capsys, "inspect", base, "--json", closed / "x.json")
     monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)
     assert f"nothing can be written to {tmp_path}" in refused(capsys, "train", path)
 

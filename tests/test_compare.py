@@ -508,3 +508,13 @@ def test_a_run_that_could_not_be_measured_is_a_failed_run(command, faked, monkey
     assert command("--strategies", "atp") == 1
     error = rows(tmp_path / "run" / "compare" / "rows.jsonl")[0]["error"]
     assert error == "there was no room on the GPU to measure it"
+
+
+def test_a_base_model_that_lies_in_a_run_of_it_is_not_removed(recipe, command, faked, tmp_path, capsys):
+    pruned = tmp_path / "out" / "runs" / "atp-0.4-seed0" / "pruned"
+    tiny.folder(pruned)
+    recipe["model"]["name_or_path"] = str(pruned)
+    assert command("--strategies", "atp", "--out", tmp_path / "out", "--overwrite") == 2
+    assert "which would be replaced" in capsys.readouterr().err
+    assert (pruned / "model.safetensors").is_file()
+    assert not faked[0]

@@ -283,9 +283,13 @@ def test_other_windows_to_measure_have_another_fingerprint(tmp_path, changes):
     rows = [tiny.row(i) for i in range(20, 30)]
     one, again, other = (loaded(tmp_path, rows, **each).fingerprints for each in ({}, {}, changes))
     assert one == again
-    assert one["validation"] != other["validation"]
+    assert one["validation_windows"] != other["validation_windows"]
     train = fingerprint(Row(**tiny.row(i)) for i in range(20))
-    assert [(each["train"], each["calibration"]) for each in (one, other)] == [(train, train)] * 2
+    for each in (one, other):
+        assert {name: each[name] for name in ("train", "validation", "calibration")} == {
+            **dict.fromkeys(("train", "calibration"), train),
+            "validation": fingerprint(Row(**row) for row in rows),
+        }
 
 
 def test_all_windows_have_one_fingerprint_however_they_are_asked_for(tmp_path):

@@ -243,10 +243,16 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(models, task, tmp_path
 def test_what_pairs_rows_is_asked_for_before_any_model_is_loaded(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     rows = tiny.jsonl(tmp_path / "rows.jsonl", range(3))
-    nowhere = (tmp_path / "nowhere", tmp_path / "neither")
-    assert "pip install 'atp[tasks]'" in refused(capsys, *nowhere, "--data", rows)
-    assert "no such folder" in refused(capsys, *nowhere)
-    assert "no such folder" in refused(capsys, nowhere[0], "--data", rows)
+    empty = [tmp_path / name for name in ("one", "same", "other")]  # but for their tokenizers
+    for folder in empty:
+        tiny.tokenizer().save_pretrained(folder)
+    other = empty[2] / "tokenizer.json"
+    vocabulary = json.loads(other.read_text())
+    vocabulary["model"]["merges"].clear()  # which gives other windows, that cannot be paired
+    other.write_text(json.dumps(vocabulary))
+    assert "pip install 'atp[tasks]'" in refused(capsys, *empty[:2], "--data", rows)
+    for models in (empty[:2], (empty[0], "--data", rows), (empty[0], empty[2], "--data", rows)):
+        assert "atp[tasks]" not in refused(capsys, *models)
 
 
 def test_tasks_are_named_by_file_or_folder(task, tmp_path):

@@ -5,6 +5,7 @@ Oracle: the live masked model that the run ended with.
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from atp import export, load
+from atp.cli import main
+from atp.commands.about import about_run
 from atp.errors import CheckpointError, ConfigError, ModelError
 from atp.export import export_adapter
 from atp.layers import attachment_of
@@ -163,3 +166,32 @@ def test_a_base_that_is_given_is_loaded_as_the_recipe_says(finished, tmp_path):
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert base_of(run / "final", None, "new.gguf") == ModelSettings("/folder", "new.gguf", dtype="float16")
     assert base_of(run / "final", "/moved") == ModelSettings("/moved", dtype="float16")
+
+
+def test_the_recipe_is_found_from_within_the_folder_of_the_adapter(finished, tmp_path, monkeypatch):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    recipe = {"model": {"name_or_path": "/base", "dtype": "bfloat16"}, "data": {"train": "x"}, "output_dir": str(run)}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.chdir(run / "final")
+    assert base_of(Path(".")) == ModelSettings("/base", dtype="bfloat16")
+    assert about_run(Path("."), base_of(Path("."))).data == ("x",)
+
+
+def test_a_base_is_loaded_plain_where_that_is_asked_for(finished, tmp_path):
+    run, base = shutil.copytree(finished[0], tmp_path / "run"), str(finished[2])
+    recipe = {"model": {"name_or_path": base, "load_in_4bit": True}, "data": {"train": "x"}, "output_dir": str(run)}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    plain = load_dense(run, base=base, plain=True)
+    (run / "recipe.yaml").unlink()
+    assert torch.equal(logits(plain), logits(load_dense(run, base=base)))
+
+
+def test_a_gguf_file_in_a_folder_is_not_replaced_by_what_is_made_of_it(finished, tmp_path, capsys):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    model = {"name_or_path": str(tmp_path), "gguf_file": "base.gguf"}
+    recipe = {"model": model, "data": {"train": "x"}, "output_dir": str(run)}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "base.gguf").touch()
+    words = ["export", str(run), str(tmp_path / "base.gguf"), "--format", "gguf", "--overwrite"]
+    assert main(words) == 2
+    assert "base.gguf, which would be replaced" in capsys.readouterr().err

@@ -212,6 +212,7 @@ def test_bad_input(finished, tmp_path, capsys):
     for option in ("--data", "--held-out", "--other", "--tasks"):
         file = tiny.jsonl(texts / "rows.jsonl", range(4))
         assert "which would be replaced" in says(finished, "--out", texts, "--overwrite", option, file)
+    assert "which would be replaced" in says(finished, "--out", texts, "--overwrite", "--tasks", f"mine={file}")
     assert "exists: give --overwrite" in says(finished, "--out", finished / "pruned")
     train, held_out = (finished.parent / f"{name}.jsonl" for name in ("train", "validation"))
     assert "are in both the calibration and the held-out set" in says(finished, *out, "--held-out", train, *SMALL)

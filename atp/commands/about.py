@@ -20,6 +20,7 @@ def about_run(adapter: Path, base: ModelSettings) -> About:
 
     `atp train` or a Trainer with our callback left it. Results are of `final/`.
     """
+    adapter = adapter.absolute()
     recipe_file = adapter.parent / "recipe.yaml"
     if not recipe_file.is_file():
         return About(base.name_or_path, base.gguf_file, settings=_of_state(adapter / "atp" / "state.json"))

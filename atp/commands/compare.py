@@ -24,7 +24,7 @@ from atp.commands.comparison.plan import Run, check_plan, differences, make_plan
 from atp.commands.comparison.results import report
 from atp.config import COMPENSATIONS, CRITERIA, RANKINGS
 from atp.errors import ConfigError
-from atp.files import check_place, write_json
+from atp.files import check_place, keep_apart, write_json
 from atp.recipe import Recipe
 from atp.strategies import DENSE, FREEZE_AT, ONE_STAGE
 
@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     check_plan(recipe, plan)
     check_place(out / "runs")
+    for one in plan:
+        keep_apart(Path(one.recipe.output_dir), *recipe.model.places)
     (out / "runs").mkdir(parents=True, exist_ok=True)
     try:
         with _alone_in(out), _terminate_like_ctrl_c():

@@ -11,6 +11,9 @@ from atp.evaluation import check_tasks_available
 from atp.recipe import DataSettings
 from atp.subset import evenly_spread
 
+MEASURED = "validation_windows"
+"""What fingerprints call the windows to measure, which differ where tokenizers do."""
+
 _SAMPLES = 3
 _PROMPT_WORDS, _REFERENCE_WORDS = 24, 60
 
@@ -21,7 +24,7 @@ class RunData:
 
     Attributes:
         samples: held-out rows that models continue, `completion` being how the text goes on.
-        fingerprints: of every set's rows, by name, but for `validation` of the windows to measure.
+        fingerprints: of every set's rows, by name, and of the windows to measure.
         rows: how many every set has.
     """
 
@@ -69,14 +72,17 @@ def load_data(settings: DataSettings, tokenizer: PreTrainedTokenizerBase, progre
     named = {"train": train, "validation": validation, "calibration": calibration}
     sets = {name: found for name, found in named.items() if found} | {f"tasks/{n}": t for n, t in tasks.items()}
     prints = {name: fingerprint(found) for name, found in sets.items()}
+    counts = {name: len(found) for name, found in sets.items()}
+    if measured is not None:
+        prints[MEASURED], counts[MEASURED] = windows_fingerprint(measured), len(measured)
     return RunData(
         windows(train),
         measured,
         windows(calibration),
         tasks,
         samples=_samples(validation or []),
-        fingerprints=prints | ({} if measured is None else {"validation": windows_fingerprint(measured)}),
-        rows={name: len(found) for name, found in sets.items()},
+        fingerprints=prints,
+        rows=counts,
     )
 
 

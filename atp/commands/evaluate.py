@@ -7,12 +7,13 @@ process with its libraries, so that it is comparable between models of one call 
 
 import argparse
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from atp.commands.evaluation.figures import Measured, differences, figures
 from atp.commands.evaluation.gates import Verdict, check_gates, judge, line, parse_gate
@@ -26,7 +27,7 @@ from atp.commands.evaluation.tables import (
 )
 from atp.commands.models import bytes_of, to_best_device
 from atp.commands.versions import versions_of
-from atp.data import Row, make_windows, read_rows
+from atp.data import Row, make_windows, read_rows, windows_fingerprint
 from atp.errors import ConfigError
 from atp.evaluation import (
     Difference,
@@ -121,13 +122,15 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = find_tasks(arguments.tasks, arguments.task_rows, arguments.include_path)
     check_gates(gates, bool(arguments.data), not arguments.no_speed, tasks.metrics, arguments.baseline)
     rows = _rows(arguments)
-    if len(names) > 1 and (rows or tasks.metrics):
-        scipy()  # not found missing once all is measured
-    models = [_measure(name, rows, tasks, arguments) for name in names]
+    texts = [_Text.of(name, rows, arguments) for name in names]
     first = names.index(arguments.baseline) if arguments.baseline is not None else 0
-    others = [model for index, model in enumerate(models) if index != first]
-    changed = {model.name: differences(models[first], model) for model in others}
-    judged = others if arguments.baseline is not None and others else models
+    others = [text for index, text in enumerate(texts) if index != first]
+    if others and (tasks.metrics or any(text.is_as(texts[first]) for text in others)):
+        scipy()  # not found missing once all is measured
+    models = [_measure(text, tasks, arguments) for text in texts]
+    against = [model for index, model in enumerate(models) if index != first]
+    changed = {model.name: differences(models[first], model) for model in against}
+    judged = against if arguments.baseline is not None and against else models
     verdicts = [judge(gate, model.name, figures(model), changed.get(model.name)) for gate in gates for model in judged]
     found = _Outcome(models, models[first].name, changed, verdicts, len(rows))
     _print(found, arguments.data)
@@ -147,28 +150,46 @@ def _rows(arguments: argparse.Namespace) -> list[Row]:
     return read_rows(arguments.data, arguments.split, arguments.prompt, arguments.completion)
 
 
-def _measure(name: str, rows: Sequence[Row], tasks: Tasks, arguments: argparse.Namespace) -> Measured:
-    gguf_file = None if name.endswith(".gguf") else arguments.gguf_file
-    tokenizer = load_tokenizer(name, gguf_file)
-    windows = None
-    if rows:
+@dataclass(frozen=True)
+class _Text:
+    """The rows to measure a model on, as it reads them; `digest` tells windows apart."""
+
+    model: str
+    gguf_file: str | None
+    tokenizer: PreTrainedTokenizerBase
+    windows: Dataset | None
+    digest: str | None
+
+    @classmethod
+    def of(cls, model: str, rows: Sequence[Row], arguments: argparse.Namespace) -> "_Text":
+        gguf_file = None if model.endswith(".gguf") else arguments.gguf_file
+        tokenizer = load_tokenizer(model, gguf_file)
+        if not rows:
+            return cls(model, gguf_file, tokenizer, None, None)
         windows = make_windows(rows, tokenizer, arguments.max_length, arguments.packing, arguments.completion_only)
+        return cls(model, gguf_file, tokenizer, windows, windows_fingerprint(windows))
+
+    def is_as(self, other: "_Text") -> bool:
+        """Whether both models read the very same windows."""
+        return self.digest is not None and self.digest == other.digest
+
+
+def _measure(text: _Text, tasks: Tasks, arguments: argparse.Namespace) -> Measured:
     release_memory()
     measurable = reset_peak_memory()
-    model = to_best_device(load_model(name, gguf_file, arguments.dtype))
-    result: dict[str, Any] = {"model": name, **model_cost(model, not arguments.no_speed)}
-    result |= {"bytes": bytes_of(name, gguf_file), "dtype": str(model.dtype).removeprefix("torch.")}
+    model = to_best_device(load_model(text.model, text.gguf_file, arguments.dtype))
+    result: dict[str, Any] = {"model": text.model, **model_cost(model, not arguments.no_speed)}
+    result |= {"bytes": bytes_of(text.model, text.gguf_file), "dtype": str(model.dtype).removeprefix("torch.")}
     by_row = None
-    if windows is not None:
-        found, by_row = perplexity_by_row(model, windows, arguments.batch_size)
+    if text.windows is not None:
+        found, by_row = perplexity_by_row(model, text.windows, arguments.batch_size)
         result |= dataclasses.asdict(found)
-    scores = tasks.scores(model, tokenizer, arguments.batch_size, arguments.task_rows)
+    scores = tasks.scores(model, text.tokenizer, arguments.batch_size, arguments.task_rows)
     result["peak_memory_mib"] = peak_memory_mib() if measurable else None
     result["tasks"] = {task: dataclasses.asdict(score) for task, score in scores.items()}
-    digest = hashlib.sha256(json.dumps(windows[:]).encode()).hexdigest() if windows is not None else None
     del model
     release_memory()
-    return Measured(name, result, scores, by_row, digest)
+    return Measured(text.model, result, scores, by_row, text.digest)
 
 
 def _print(found: _Outcome, data: Sequence[str]) -> None:

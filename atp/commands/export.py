@@ -76,7 +76,7 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
     if arguments.format == "gguf" and (out.suffix != ".gguf" or out.is_dir()):
         raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
     keep_apart(out, Path(arguments.run_dir))
-    check_place(out.absolute().parent)
+    check_place(out.resolve().parent)
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: choose another name or give --overwrite")
 
@@ -88,7 +88,7 @@ def _export(arguments: argparse.Namespace, adapter: Path, out: Path) -> dict[str
             "pruned already, and atp.load(...).merge_and_unload() merges it"
         )
     base = base_of(adapter, arguments.base, arguments.gguf_file)
-    keep_apart(out, adapter, Path(base.name_or_path))
+    keep_apart(out, adapter, *base.places)
     tokenizer = tokenizer_of(adapter, base)
     model = load(adapter, base=arguments.base, gguf_file=arguments.gguf_file)
     before = count_parameters(model.get_base_model()) - _adapter_parameters(model)

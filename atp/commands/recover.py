@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from atp.commands.about import about_run, rewrite_card
-from atp.commands.evaluation.sources import Tasks, find_tasks
+from atp.commands.evaluation.sources import Tasks, find_tasks, task_files
 from atp.commands.models import best_device, to_best_device
 from atp.commands.output import print_table
 from atp.commands.recovery.texts import Size, as_windows, read_texts
@@ -167,7 +167,8 @@ def _job(arguments: argparse.Namespace) -> _Job:
             f"{pruned}: no exported model here: give --pruned, or write one with: atp export {folder} {pruned}"
         )
     out = Path(arguments.out or folder / RECOVERY.parent)
-    check_place(out.absolute().parent)
+    for place in (out.absolute(), out.resolve()):  # where work goes, and the folder in the end
+        check_place(place.parent)
     goes_on = arguments.resume and work_folder(out).exists()  # one that was to replace `out`
     if out.exists() and not (arguments.overwrite or goes_on):
         raise CheckpointError(f"{out} exists: give --overwrite, or another --out")
@@ -175,8 +176,8 @@ def _job(arguments: argparse.Namespace) -> _Job:
         raise ConfigError("--task-rows must be an integer >= 1")
     recipe = Recipe.from_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
     base = base_of(adapter, arguments.base, arguments.gguf_file)
-    models = (folder, adapter, pruned, base.name_or_path, arguments.teacher or folder)
-    texts = [*arguments.data, *arguments.held_out, *arguments.other, *arguments.tasks]
+    models = (folder, adapter, pruned, *base.places, arguments.teacher or folder)
+    texts = [*arguments.data, *arguments.held_out, *arguments.other, *task_files(arguments.tasks)]
     for sources in (recipe.data.train, recipe.data.validation, recipe.data.calibration) if recipe else ():
         texts += [sources] if isinstance(sources, str) else sources or []
     keep_apart(out, *map(Path, (*models, *texts)))
@@ -199,7 +200,8 @@ def _is_exported(folder: Path) -> bool:
 
 def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, PreTrainedModel]:
     if arguments.teacher is None:
-        teacher = load_dense(job.run, base=arguments.base, gguf_file=arguments.gguf_file)
+        plain = arguments.base is not None
+        teacher = load_dense(job.run, base=arguments.base, gguf_file=arguments.gguf_file, plain=plain)
     elif adapter_folder(Path(arguments.teacher)) is not None:
         teacher = load_dense(arguments.teacher)
     else:
@@ -207,8 +209,8 @@ def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, 
     student = load_exported(job.pruned)
     if getattr(teacher, "is_quantized", False):
         raise UnsupportedModelError(
-            "the teacher's weights are quantised, and recovery computes with plain ones: give --teacher, the same "
-            "model unquantised"
+            "the teacher's weights are quantised, and recovery computes with plain ones: give --base, the run's base "
+            "model, which is loaded unquantised then"
         )
     if arguments.dtype is not None:
         dtype = getattr(torch, arguments.dtype)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,22 @@ def run_results(
         base: `base_results`, where the base model was measured.
     """
     model = _pruned(recipe, tuned) if recipe.atp else _dense(recipe, tuned)
-    before = base.pop("samples") if base else [None] * len(data.samples)
+    nothing = [None] * len(data.samples)
+    before = base.pop("samples") if base else nothing
+    found: dict[str, Any] = {}
+    texts: Sequence[str | None] = nothing
     try:
         model = to_best_device(model)
-        found = {**_cost(recipe, model), **quality(model, tokenizer, data)}
-        texts: Sequence[str | None] = _written(model, tokenizer, data.samples)
+        found |= _cost(recipe, model)
+        for part in _qualities(model, tokenizer, data):
+            found |= part
+        texts = _written(model, tokenizer, data.samples)
     except torch.OutOfMemoryError:
         logger.warning(
-            "atp: %s is complete, but there was no room on the GPU to measure the model beside what was trained: "
-            "atp eval does it",
+            "atp: %s is complete, but there was no room on the GPU to measure all of the model beside what was "
+            "trained: atp eval does it",
             recipe.output_dir,
         )
-        found, texts = {}, [None] * len(data.samples)
     samples = [
         {"prompt": row.prompt, "reference": row.completion, "base": old, "result": new}
         for row, old, new in zip(data.samples, before, texts, strict=True)
@@ -75,13 +79,16 @@ def run_results(
 
 def quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> dict[str, Any]:
     """Perplexity on held-out text and scores on tasks, as far as the recipe names them."""
-    found: dict[str, Any] = {}
+    return {name: found for part in _qualities(model, tokenizer, data) for name, found in part.items()}
+
+
+def _qualities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Iterator[dict[str, Any]]:
+    """Part by part: what has been measured outlives a GPU without room for the next."""
     if data.validation is not None:
-        found["validation"] = dataclasses.asdict(perplexity(model, data.validation))
+        yield {"validation": dataclasses.asdict(perplexity(model, data.validation))}
     if data.tasks:
         scores = {name: score_task(name, rows, model, tokenizer) for name, rows in data.tasks.items()}
-        found["tasks"] = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    return found
+        yield {"tasks": {name: dataclasses.asdict(score) for name, score in scores.items()}}
 
 
 def _pruned(recipe: Recipe, masked: PeftModel) -> PreTrainedModel:

@@ -7,7 +7,6 @@ Everything a user can get wrong is checked before the first weight is loaded. On
 import argparse
 import json
 import logging
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.files import check_place, keep_apart, write_json, write_text
+from atp.files import check_place, keep_apart, remove, write_json, write_text
 from atp.journal import JOURNAL
 from atp.models import load_tokenizer
 from atp.recipe import Recipe, refused_by_library
@@ -136,13 +135,13 @@ def _take_one_gpu(training: TrainingArguments) -> None:
 
 
 def _keep_what_is_read(recipe: Recipe) -> None:
-    base = Path(recipe.model.name_or_path)
     for path in _left_by_a_run(Path(recipe.output_dir)):
-        keep_apart(path, base)
+        keep_apart(path, *recipe.model.places)
 
 
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
+    check_place(output_dir)
     if resume and first:
         set_aside_unfinished(output_dir)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
@@ -160,7 +159,6 @@ def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) ->
             f"output_dir {output_dir} already holds a run: give {goes_on}--overwrite to start again, or another "
             "--output_dir"
         )
-    check_place(output_dir)
     return None
 
 
@@ -182,7 +180,7 @@ def _intact(checkpoint: Path) -> str:
 def _prepare(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for path in _left_by_a_run(output_dir) if overwrite else ():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        remove(path)
 
 
 def _left_by_a_run(output_dir: Path) -> list[Path]:
@@ -190,7 +188,10 @@ def _left_by_a_run(output_dir: Path) -> list[Path]:
 
 
 def _write_recipe(recipe: Recipe) -> None:
-    write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.to_yaml())
+    place = Path(recipe.output_dir) / "recipe.yaml"
+    if place.is_symlink():  # to what a user may have written by hand
+        place.unlink()
+    write_text(place, recipe.to_yaml())
 
 
 @contextmanager

@@ -126,15 +126,13 @@ _NO_VLLM = "not possible: a block has no attention, which vLLM has no place for"
 
 def _gguf(folder: Path) -> str:
     try:
-        from atp.export.gguf.layout import lay_out  # noqa: PLC0415  # needs the extra `gguf`
-        from atp.export.gguf.source import Source  # noqa: PLC0415
+        from atp.export.gguf.writer import require_writable  # noqa: PLC0415  # needs the extra `gguf`
     except ModuleNotFoundError:
         return f"{_GGUF}, with the extra `gguf`; it says so where llama.cpp has no place for the model"
     try:
-        source = Source(folder)
-        lay_out(source.config, source.shapes)
+        require_writable(folder)
     except ATPError as error:
-        return f"not possible: {error}"
+        return f"not possible: {str(error).replace(str(folder), 'THIS_FOLDER')}"
     return _GGUF
 
 

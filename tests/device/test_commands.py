@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from atp.bench import whole_run
+from atp.bench import timing
 from atp.cli import main
 from tests import tiny
 from tests.device import in_its_own_process
@@ -67,6 +67,13 @@ BENCHES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    """A GPU's would take a CPU minutes."""
+    monkeypatch.setattr(timing, "_MATMUL_ON_GPU", 64)
+    monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 20)
+
+
 def bench(files, name, *options):
     done("bench", name, "--config", files["base"], "--round-to", 1, *options)
 
@@ -77,6 +84,5 @@ def test_bench(files, device, name, space):
     bench(files, name, "--calls", 1, "--space", space, *BENCHES[name])
 
 
-def test_bench_of_a_whole_run(files, device, monkeypatch):
-    monkeypatch.setattr(whole_run, "_DATASET_ROWS", 40)  # to score and refit to: every operation takes long here
+def test_bench_of_a_whole_run(files, device):
     bench(files, "run", "--rows", 2, "--length", 8, "--steps", 40, "--calls", 2)

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from atp.export import About, Result, export, export_adapter, load, provenance
 from atp.layers import attachment_of
-from tests import families
+from tests import families, tiny
 from tests.export.cases import SPACES, exported, masked
 from tests.export.gguf import cases as gguf_cases
 
@@ -187,6 +187,14 @@ def test_what_is_not_written_to_gguf_is_not_promised(kind, tmp_path):
     model = families.from_config(transformers.LlamaConfig(**families.SIZES, rope_parameters=scaling))
     text = (export(masked(families.with_lora(model), "width"), tmp_path / "out") / "README.md").read_text()
     assert "is not written to GGUF" in text
+    assert "--format gguf" not in text
+
+
+def test_what_the_tokenizer_keeps_from_gguf_is_not_promised(tmp_path):
+    pytest.importorskip("gguf")
+    model, tokenizer = masked(families.with_lora(families.build("llama")), "width"), tiny.tokenizer()
+    text = (export(model, tmp_path / "out", processing_class=tokenizer) / "README.md").read_text()
+    assert "not possible: THIS_FOLDER: the tokenizer has an id" in text
     assert "--format gguf" not in text
 
 

@@ -4,19 +4,19 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import atp
 from atp.commands.comparison import bound
 from atp.commands.comparison.plan import Run, identity
-from atp.files import write_text
+from atp.files import remove, write_text
 
 _WEIGHTS = ("checkpoint-*", "final", "pruned")
 _LOG = "train.log"
@@ -91,7 +91,8 @@ def remove_weights(run: Run) -> None:
     """Free the disk: metrics, recipe and log stay."""
     for pattern in _WEIGHTS:
         for path in Path(run.recipe.output_dir).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                remove(path)
 
 
 def _environment(jobs: int) -> dict[str, str]:

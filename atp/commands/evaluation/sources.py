@@ -86,6 +86,11 @@ def find_tasks(words: Sequence[str], rows: int | None = None, include_path: str 
     return Tasks(spread, load_named(named, include_path) if named else [])
 
 
+def task_files(words: Sequence[str]) -> list[Path]:
+    """The files that `--tasks` names."""
+    return [path for word in words for _, path in _files(word)]
+
+
 def _files(word: str) -> Iterator[tuple[str, Path]]:
     """Name and path of each file that a word means; none where it is a name of the harness."""
     given = _GIVEN_NAME.fullmatch(word)

@@ -72,6 +72,18 @@ def write_gguf(folder: str | Path, out: str | Path, dtype: str = "f16", *, overw
     return out
 
 
+def require_writable(folder: Path) -> None:
+    """Find out now whether `write_gguf` can write the model in `folder`, and its tokenizer, if there is one.
+
+    Raises:
+        UnsupportedModelError, CheckpointError: as `write_gguf`.
+    """
+    source = Source(folder)
+    layout = lay_out(source.config, source.shapes)
+    if (folder / "tokenizer.json").is_file():
+        add_vocabulary(gguf.GGUFWriter(None, layout.architecture), folder, source.config.vocab_size, _ends(source))
+
+
 def _type(entry: Entry, kind: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
     if len(entry.shape) < 2:
         return _Type.F32
