@@ -455,6 +455,7 @@ def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(fills, r
         (["--training.warmup_steps", ".nan"], "warmup_steps=nan is not allowed"),
         (["--training.adam_beta1", "2"], "adam_beta1=2.0 is not allowed: it must be a number in [0, 1)"),
         (["--training.num_train_epochs", "-1"], "num_train_epochs=-1.0 is not allowed: it must be a number above 0"),
+        (["--training.metric_for_best_model", "f1"], "metric_for_best_model=f1 is not allowed"),
         (["--training.output_dir", "x"], "output_dir is set at the top"),
         (["--model.dtype", "int8"], "dtype='int8' is not allowed"),
         (["--model.name_or_path", "./nowhere"], "./nowhere: no such folder"),

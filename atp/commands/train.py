@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = Recipe.from_yaml(arguments.config, arguments.overrides)
     lora = recipe.lora_config()
     training = recipe.training_arguments()
+    if training.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ConfigError(
+            f"training: metric_for_best_model={training.metric_for_best_model} is not allowed: evaluations measure the "
+            "loss only: leave it out"
+        )
     _take_one_gpu(training)
     first = training.process_index == 0
     with training.main_process_first(local=False, desc="checkpoints"):
