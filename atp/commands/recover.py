@@ -208,9 +208,13 @@ def _models(arguments: argparse.Namespace, job: _Job) -> tuple[PreTrainedModel, 
         teacher = load_model(arguments.teacher)
     student = load_exported(job.pruned)
     if getattr(teacher, "is_quantized", False):
+        do = (
+            "another --teacher"
+            if arguments.teacher
+            else "--base, the run's base model, which is loaded unquantised then"
+        )
         raise UnsupportedModelError(
-            "the teacher's weights are quantised, and recovery computes with plain ones: give --base, the run's base "
-            "model, which is loaded unquantised then"
+            f"the teacher's weights are quantised, and recovery computes with plain ones: give {do}"
         )
     if arguments.dtype is not None:
         dtype = getattr(torch, arguments.dtype)
