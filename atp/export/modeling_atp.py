@@ -20,8 +20,10 @@ Where there are a GPU and Triton, and no gradients, blocks like Llama's read and
 with the RMSNorm and the residual add that are there anyway. `torch.compile` makes kernels of its own.
 """
 
+import functools
 import inspect
 import os
+import warnings
 from types import MethodType
 from typing import Any
 
@@ -304,9 +306,20 @@ def _kernels_can(block: Any, x: Tensor) -> bool:
     if not where or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype == torch.float64:
         return False
     norms = (block.input_layernorm, block.post_attention_layernorm)
-    return all(norm.weight.device == x.device and _hooks(norm) == (0, 0) for norm in norms) and all(
-        _hooks(half) == (1, 1) for half in (block.self_attn, block.mlp)
-    )
+    halves = (block.self_attn, block.mlp)
+    unseen = all(norm.weight.device == x.device and _hooks(norm) == (0, 0) for norm in norms)
+    return unseen and all(_hooks(half) == (1, 1) for half in halves) and _builds(x.device)
+
+
+@functools.cache
+def _builds(device: torch.device) -> bool:
+    """Whether kernels can be built there: that takes a C compiler, Python's headers, and a GPU that Triton knows."""
+    try:
+        _boundary(torch.ones(1, 16, device=device), None, None, None, None)
+        return True
+    except Exception as error:  # of compilers, drivers and Triton alike
+        warnings.warn(f"Triton cannot build kernels here ({error}): computing without them", stacklevel=2)
+        return False
 
 
 def _hooks(module: nn.Module) -> tuple[int, int]:

@@ -115,8 +115,9 @@ class Attachment:
             switch = masks_of(self.modules[path]).switch if is_masked(self.modules[path]) else None
             mask_linear(self.modules[path], LinearMasks(None, None, compact, switch))
         for index, sets in self._fused_sets().items():
-            keep = {kind: self.masks[name] > 0 for kind, name in sets.items() if kind != MLP}
-            kept = {kind: Selection.of(chosen) for kind, chosen in keep.items() if not chosen.all()}
+            keep = {kind: decision[name] > 0 for kind, name in sets.items() if kind != MLP}
+            device = next(self._blocks[index].parameters()).device  # where counting would wait for it
+            kept = {kind: Selection.of(chosen).to(device) for kind, chosen in keep.items() if not chosen.all()}
             fuse(self._blocks[index], FusedMasks({}, kept, self._impl))
         self._halves.skip(self._halves.off(decision))
         self.is_compact = True

@@ -194,8 +194,8 @@ class CompactLinear:
     def _weight(self, base: nn.Linear, dtype: torch.dtype) -> Tensor:
         weight: Tensor = base.weight
         sides = (self.outputs, self.inputs)
-        rows, cols = (None if side is None else side.selection for side in sides)
-        if rows is not None and cols is not None:
+        if any(sides) and all(side is None or side.selection is not None for side in sides):
+            rows, cols = (None if side is None else side.selection for side in sides)
             return compact_weight(weight, rows, cols).to(dtype)  # on a GPU in one pass over it
         for dim, side in enumerate(sides):
             if side is not None:
@@ -221,7 +221,8 @@ def compacted(
         fused: sets that blocks take care of: kept features are all that their layers are given and give.
         lasting: whether one copy of what is kept serves all calls.
     """
-    passed_on, shared = _passed_on(space, lm) | fused, shared_inputs(space)
+    passed_on = {name for name in _passed_on(space, lm) if masks[name].any()} | fused  # attention cannot have no heads
+    shared = shared_inputs(space)
     found = {}
     for layer in space.linears:
         weight = base_layer(lm.get_submodule(layer.path)).weight

@@ -102,7 +102,7 @@ def _check(
     read: Selection | None,
 ) -> None:
     *batch, hidden_size = residual.shape
-    width = hidden_size if written is None else len(written.index)
+    width = hidden_size if written is None else written.index.shape[0]
     expected = {
         "weight": (weight, (hidden_size,)),
         "update": (update, (*batch, width)),
@@ -173,7 +173,7 @@ def _add_norm_gather_backward(
 @_add_norm_gather.register_fake
 def _(residual: Tensor, update: Tensor | None, read_index: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     *batch, hidden_size = residual.shape
-    read = hidden_size if read_index is None else len(read_index)
+    read = hidden_size if read_index is None else read_index.shape[0]
     return residual.new_empty((0,) if update is None else residual.shape), residual.new_empty((*batch, read))
 
 
@@ -194,7 +194,7 @@ def _(
     narrow = update_mask if written_index is None else written_index
     return (
         summed.new_empty(summed.shape),
-        summed.new_empty((0,) if narrow is None else (*summed.shape[:-1], len(narrow))),
+        summed.new_empty((0,) if narrow is None else (*summed.shape[:-1], narrow.shape[0])),
         weight.new_empty(weight.shape) if needs_weight else summed.new_empty(0),
         summed.new_empty(0) if update is None or update_mask is None else update_mask.new_empty(update_mask.shape),
     )

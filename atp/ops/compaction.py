@@ -60,10 +60,11 @@ def compact_weight_eager(weight: Tensor, rows: Selection | None = None, cols: Se
 
 
 def _kept_shape(weight: Tensor, rows: Selection | None, cols: Selection | None) -> tuple[int, int]:
-    chosen = [(None, n) if s is None else (s, len(s.position)) for s, n in zip((rows, cols), weight.shape, strict=True)]
+    sides = zip((rows, cols), weight.shape, strict=True)
+    chosen = [(None, n) if s is None else (s, s.position.shape[0]) for s, n in sides]
     if tuple(n for _, n in chosen) != weight.shape:
         raise ValueError(f"rows and cols select from {tuple(n for _, n in chosen)}, of a weight {tuple(weight.shape)}")
-    n_rows, n_cols = (n if s is None else len(s.index) for s, n in chosen)
+    n_rows, n_cols = (n if s is None else s.index.shape[0] for s, n in chosen)  # `len` would make a graph for each
     return n_rows, n_cols
 
 
@@ -93,7 +94,7 @@ def _(
     cols: Tensor | None,
     cols_back: Tensor | None,  # noqa: ARG001
 ) -> Tensor:
-    return source.new_empty([n if i is None else len(i) for i, n in zip((rows, cols), source.shape, strict=True)])
+    return source.new_empty([n if i is None else i.shape[0] for i, n in zip((rows, cols), source.shape, strict=True)])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - torch's

@@ -69,8 +69,8 @@ def gather_linear_scatter_eager(
 def _check_shapes(
     x: Tensor, weight: Tensor, bias: Tensor | None, read: Selection | None, written: Selection | None
 ) -> None:
-    features, inputs = (x.shape[-1],) * 2 if read is None else (len(read.position), len(read.index))
-    outputs = len(weight) if written is None else len(written.index)
+    features, inputs = (x.shape[-1],) * 2 if read is None else (read.position.shape[0], read.index.shape[0])
+    outputs = weight.shape[0] if written is None else written.index.shape[0]
     if x.shape[-1] != features or weight.shape != (outputs, inputs) or (bias is not None and bias.shape != (outputs,)):
         found = [tuple(t.shape) for t in (x, weight, bias) if t is not None]
         raise ValueError(
@@ -95,4 +95,4 @@ def _(
     read: Tensor | None,  # noqa: ARG001
     position: Tensor | None,
 ) -> Tensor:
-    return x.new_empty(len(x), len(weight if position is None else position))
+    return x.new_empty(x.shape[0], (weight if position is None else position).shape[0])

@@ -6,6 +6,7 @@ expanded over rows, in less time: on two CPU cores, 380 of 576 features of 2,048
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +36,28 @@ class Selection:
 
 
 def gather_features(x: Tensor, index: Tensor) -> Tensor:
-    """`x[..., index]`, `(..., kept)`."""
-    return x.gather(-1, index.expand(*x.shape[:-1], -1))
+    """`x[..., index]`, `(..., kept)`; no feature may be in `index` twice."""
+    if torch.compiler.is_compiling():
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+    gathered: Tensor = _Gather.apply(x, index)
+    return gathered
 
 
 def scatter_features(y: Tensor, index: Tensor, features: int) -> Tensor:
     """`(..., features)`: what `y`, `(..., kept)`, holds at `index`, zeros elsewhere."""
     return y.new_zeros(*y.shape[:-1], features).scatter_(-1, index.expand_as(y), y)
+
+
+class _Gather(torch.autograd.Function):
+    """PyTorch's own would add gradients up, by an atomic addition each on GPUs, for places that could be one twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.features = x.shape[-1]
+        return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return scatter_features(gradients[0], index, ctx.features), None

@@ -84,6 +84,20 @@ def test_a_block_may_lose_everything(family, space_name):
     _compact_computes_the_same(model, attachment)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_an_attention_that_loses_all_heads_is_given_some(family):
+    """Kernels for attention divide by their number."""
+    model, attachment = _attached(family)
+    attachment.set_masks({s.name: torch.zeros(s.size) for s in attachment.space.sets})
+    attachment.compact()
+    heads = []
+    for layer in attachment.lm.model.layers:
+        for reader in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            reader.register_forward_hook(lambda _m, _args, y: heads.append(y.shape[-1]))
+    families.logits(model)
+    assert min(heads) > 0
+
+
 def _copies_held(attachment):
     """By each layer that loses something, whether it holds a copy of its kept weight."""
     arithmetics = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
@@ -137,18 +151,19 @@ def test_a_final_decision_is_copied_once_where_there_is_room(monkeypatch):
     assert held == [False, False, False, True]
 
 
-def test_rows_and_columns_go_in_one_pass_over_the_weight(monkeypatch):
+@pytest.mark.parametrize("space_name", ["width", "disp"])
+def test_rows_and_columns_go_in_one_pass_over_the_weight(space_name, monkeypatch):
     """On a GPU, by one kernel."""
     passes = []
     monkeypatch.setattr(compact, "compact_weight", lambda *args: passes.append(args) or compact_weight(*args))
-    model, attachment = _attached(space_name="disp")
+    model, attachment = _attached(space_name=space_name)
     attachment.compact()
     families.logits(model)
     arithmetics = [masks_of(module).arithmetic for module in attachment.modules.values() if is_masked(module)]
-    sides = [(a.outputs, a.inputs) for a in arithmetics if a.outputs is not None and a.inputs is not None]
-    both = [(rows, cols) for rows, cols in sides if rows.selection is not None and cols.selection is not None]
-    assert both
-    assert [(rows.selection, cols.selection) for rows, cols in both] == [(rows, cols) for _, rows, cols in passes]
+    sides = [[s for s in (a.outputs, a.inputs) if s is not None] for a in arithmetics if not a.is_whole]
+    left_out = [[s.selection for s in own] for own in sides if all(s.selection is not None for s in own)]
+    assert left_out
+    assert left_out == [[s for s in (rows, cols) if s is not None] for _, rows, cols in passes]
 
 
 @pytest.mark.parametrize(("copies", "fit"), [(99, True), (101, False)])

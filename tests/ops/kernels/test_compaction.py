@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from atp.ops.compaction import _compact, _compact_into, compact_weight
 from atp.ops.selection import Selection
@@ -132,3 +133,13 @@ def test_compiles_into_one_graph(into):
         assert torch.equal(out, indexed(weight, *kept))
     else:
         assert_equal(results(compiled, weight, *kept, impl="triton"), results(indexed, weight, *kept))
+
+
+def test_other_widths_need_no_graphs_of_their_own():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(compact_weight, fullgraph=True, dynamic=True, backend=counter)
+    for width in range(5, 12):
+        weight, kept = torch.randn(9, 40), (None, Selection.of(torch.arange(40) < width))
+        assert torch.equal(compiled(weight, *kept, impl="triton"), indexed(weight, *kept))
+    assert counter.frame_count <= 2

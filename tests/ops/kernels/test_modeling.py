@@ -24,6 +24,7 @@ LIKE_LLAMA = ("llama", "mistral", "qwen3", "llama_biases")
 def launched(monkeypatch):
     """Launches of the kernel."""
     calls = []
+    assert modeling_atp._builds(torch.device("cpu"))  # a launch of its own, once
     boundary = modeling_atp._boundary
     monkeypatch.setattr(modeling_atp, "_boundary", lambda *a: calls.append(a) or boundary(*a))
     return calls
@@ -43,6 +44,21 @@ def test_logits_are_those_without_kernels(family, monkeypatch, launched):
     found = families.logits(model)
     assert len(launched) == 3 * model.config.num_hidden_layers
     assert families.relative_error(found, expected) < 1e-5
+
+
+def test_without_a_compiler_there_are_no_kernels_and_one_warning(monkeypatch):
+    model = load(exported("llama", "disp").folder).eval()
+    expected = plainly(lambda: families.logits(model), monkeypatch)
+
+    def launch(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(modeling_atp, "_boundary", launch)
+    modeling_atp._builds.cache_clear()
+    with pytest.warns(UserWarning, match="cannot build kernels here .Failed to find C compiler") as warned:
+        assert torch.equal(families.logits(model), expected)
+    modeling_atp._builds.cache_clear()
+    assert len(warned) == 1
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
