@@ -18,14 +18,15 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.config import ATPConfig
-from atp.errors import CheckpointError, DivergedError, UnsupportedModelError
+from atp.errors import CalibrationError, CheckpointError, ConfigError, DivergedError, UnsupportedModelError
 from atp.export import About, Result, export, require_mergeable
 from atp.export.card import chosen
 from atp.files import write_json, written_by_one
@@ -35,12 +36,12 @@ from atp.report import write_report
 from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
-from atp.structure.live import causal_lm
+from atp.structure.live import causal_lm, is_adapters
 from atp.structure.sharding import held, is_sharded, settle, whole
 from atp.structure.space import HIDDEN, Space
 from atp.subset import evenly_spread
 from atp.trackers import Feeder
-from atp.training.calibration import check_disjoint, indexable, with_columns_of
+from atp.training.calibration import indexable, shared_row, with_columns_of
 from atp.training.compensation import load_compensated
 from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.monitor import Monitor
@@ -59,6 +60,9 @@ logger = logging.getLogger(__name__)
 
 ADAPTERS = "adapters"
 """In the state of a run's end: names of the adapters that it ended with."""
+
+_WRAPPED = "._checkpoint_wrapped_module"
+"""Inside blocks that FSDP's own activation checkpointing has wrapped."""
 
 LOG_PREFIX = "atp/"
 HELD_OUT_ROWS = 32
@@ -88,6 +92,8 @@ class ATPCallback(TrainerCallback):
         held_out_dataset: Any = None,
         report: bool = True,
     ) -> None:
+        if not isinstance(config, ATPConfig | None):
+            raise ConfigError(f"ATPCallback takes an ATPConfig, not {type(config).__name__}: ATPConfig(**settings)")
         self.config = config or ATPConfig()
         self._held_out, self._report = held_out_dataset, report
         self._monitor: Monitor | None = None
@@ -143,6 +149,7 @@ class ATPCallback(TrainerCallback):
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         _require_one_gpu_each(args, model)
         _require_what_can_be_followed(args, state, model, self.config)
+        _require_shards_that_come_and_go(model)
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._let_go(model)
@@ -165,6 +172,7 @@ class ATPCallback(TrainerCallback):
         self._running().begin_step(state.global_step, self._loss_scale)
         if freezes:
             self._watching().measure_held_out(state.global_step, dense=False, pruned=True)
+        if freezes or state.global_step == self.learner.schedule.start_step:
             # evaluations so far were of models that had more, or other groups, than the one that will be exported
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
@@ -216,11 +224,20 @@ class ATPCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Once a set: refuse an evaluation set that shares a row with the calibration set."""
+        """Once a set: refuse an evaluation set that shares a row with the calibration set that was given.
+
+        Of rows held out of the training set it may have some: those that it shares with that set.
+        """
         dataset = getattr(kwargs.get("eval_dataloader"), "dataset", None)
         name = getattr(dataset, "_fingerprint", None) or id(dataset)  # the Trainer makes a new one for each evaluation
         if indexable(dataset) and name not in self._checked:
-            check_disjoint(self._calibration_hashes, dataset)
+            if (row := shared_row(self._calibration_hashes, dataset)) is not None:
+                if self._given_calibration is not None:
+                    raise CalibrationError(
+                        f"evaluation row {row} is also a calibration row, so its score would be flattered: remove it "
+                        "from one of the two sets"
+                    )
+                logger.warning("atp: evaluation row %d is a training row too: what such a set says is flattered", row)
             self._checked[name] = None if isinstance(name, str) else dataset  # an `id` is free again without it
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -248,14 +265,16 @@ class ATPCallback(TrainerCallback):
         """Freeze if that has not happened, then write `final/` and `pruned/`."""
         learner, model = self.learner, kwargs["model"]
         self._running().end()
-        if args.load_best_model_at_end and state.best_model_checkpoint:
-            learner.load_state(*self._load(Path(state.best_model_checkpoint), args, state))
+        best = args.load_best_model_at_end and state.best_model_checkpoint
+        if best:
+            learner.load_state(*self._load(Path(best), args, state))
         evaluation = self._evaluation(args, state)
         if not learner.frozen:
             logger.warning(
-                "atp: training ended at step %d, before the decision was frozen (step %d): it is frozen now, and LoRA "
-                "has not been trained under it",
-                state.global_step,
+                "atp: training ended%s at step %d, before the decision was frozen (step %d): it is frozen now, and "
+                "LoRA has not been trained under it",
+                " with the weights of its best checkpoint" if best else "",
+                state.best_global_step if best else state.global_step,
                 learner.schedule.freeze_step,
             )
             learner.freeze()
@@ -348,6 +367,11 @@ class ATPCallback(TrainerCallback):
             raise UnsupportedModelError(
                 "LoRA is on none of the linear layers to be pruned: give LoraConfig target_modules such as "
                 f"'all-linear' (they are {', '.join(sorted({path.rsplit('.', 1)[-1] for path in paths}))})"
+            )
+        if trained_whole := [path for path in paths if isinstance(lm.get_submodule(path), AuxiliaryTrainingWrapper)]:
+            raise UnsupportedModelError(
+                f"{trained_whole[0]} is trained whole (modules_to_save) and would lose parts: leave it to "
+                "target_modules"
             )
         if config.export:
             require_mergeable(lm)
@@ -483,12 +507,12 @@ def _beside_with_adapters(model: PeftModel, folder: Path, writes: bool) -> Itera
 
 
 def _gathered_adapters(model: PeftModel) -> dict[str, Tensor] | None:
-    """Trained parameters, whole, where they are sharded; None where they are not, and PEFT sees to them."""
+    """Adapters and what else is trained, whole, where any is sharded; None where none is, and PEFT sees to them."""
     settle(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not any(is_sharded(p) for p in trained.values()):
+    saved = {name: p for name, p in model.named_parameters() if p.requires_grad or is_adapters(name)}
+    if not any(is_sharded(p) for p in saved.values()):
         return None
-    return {name: whole(p).cpu() for name, p in trained.items()}
+    return {name: whole(p).cpu() for name, p in saved.items()}
 
 
 def restore(model: nn.Module, final: str | Path) -> Attachment:
@@ -557,6 +581,28 @@ def _require_what_can_be_followed(
         raise UnsupportedModelError(
             f"neftune_noise_alpha adds noise to dimensions that space={config.space!r} removes: leave it out, or take "
             "another space"
+        )
+
+
+def _require_shards_that_come_and_go(model: nn.Module) -> None:
+    """FSDP2 as configs/accelerate/fsdp2.yaml has it: refits measure and change weights between passes, in parts."""
+    names = {name for name, _ in model.named_modules()}
+    if any(name.endswith(_WRAPPED) for name in names):
+        raise UnsupportedModelError(
+            "fsdp_activation_checkpointing puts blocks into others: set it to False, and gradient_checkpointing (since "
+            "5.23 activation_checkpointing) of TrainingArguments to True instead"
+        )
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if not units:
+        return
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError("torch_compile is not supported with FSDP2: set it to False")
+    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
+    if len(units) == 1 or (plugin is not None and not plugin.reshard_after_forward):
+        raise UnsupportedModelError(
+            "FSDP2 keeps weights whole between passes here, and what refits change would be lost: set "
+            "fsdp_reshard_after_forward to true and fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP, as "
+            "configs/accelerate/fsdp2.yaml"
         )
 
 

@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for option in ("json", "csv"):
             if file := getattr(arguments, option, None):
                 _check_place(option, Path(file))
+        launched = "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if launched and not getattr(arguments, "takes_processes", False):
+            raise ConfigError(f"atp {words[0]} runs in one process: start it without a launcher")
         arguments.overrides, arguments.words = overrides, words
         return arguments.run(arguments) or 0
     except ATPError as error:

@@ -16,7 +16,7 @@ from accelerate.commands import launch
 from torch.distributed import run as torchrun
 
 from atp import cli
-from tests import processes
+from tests import in_parts, processes
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["bitsandbytes", "deepspeed", __name__])
@@ -24,7 +24,7 @@ FORKS.set_forkserver_preload(["bitsandbytes", "deepspeed", __name__])
 TIMEOUT = 300
 """Seconds."""
 
-MODULES = {"tests.processes": processes.main, "atp": cli.main}
+MODULES = {"tests.processes": processes.main, "tests.in_parts": in_parts.main, "atp": cli.main}
 """What may be launched -> what `python -m` would call."""
 
 

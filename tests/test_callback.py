@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils.data import IterableDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -30,9 +33,17 @@ from transformers import (
 )
 
 from atp import ATPCallback, load
-from atp.callback import _require_what_can_be_followed
+from atp.callback import _gathered_adapters, _require_shards_that_come_and_go, _require_what_can_be_followed
 from atp.cli import main
-from atp.errors import ATPError, BudgetError, CalibrationError, CheckpointError, DivergedError, UnsupportedModelError
+from atp.errors import (
+    ATPError,
+    BudgetError,
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    UnsupportedModelError,
+)
 from atp.layers import attach, attachment_of
 from atp.models import load_model
 from atp.recipe import TWO_NAMES
@@ -461,7 +472,7 @@ def test_bad_input_is_one_clear_line(tmp_path: Path, error: type[Exception], wor
 def test_already_attached_is_refused(tmp_path: Path) -> None:
     model = runs.peft_model()
     attach(model, build_space(discover(model), "width"))
-    with pytest.raises(UnsupportedModelError, match="already attached"):
+    with pytest.raises(UnsupportedModelError, match="is being pruned already, by another ATPCallback"):
         runs.trainer(tmp_path, runs.config(), model=model).train()
 
 
@@ -730,6 +741,88 @@ def test_what_cannot_be_followed_is_refused_by_name(tmp_path: Path, arguments, s
     arguments = {names.get(name, name): value for name, value in arguments.items()}
     with pytest.raises(UnsupportedModelError, match=message):
         runs.trainer(tmp_path, runs.config(space=space), **arguments).train()
+
+
+def sharded(module: torch.nn.Module) -> None:
+    """As FSDP2 makes it, but for its parameters."""
+    module.__class__ = type(f"FSDP{type(module).__name__}", (type(module), FSDPModule), {})
+
+
+@pytest.mark.parametrize(
+    ("reshards", "blocks", "message"),
+    [
+        (True, True, None),
+        (False, True, "set fsdp_reshard_after_forward to true"),
+        (True, False, "fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP"),
+    ],
+)
+def test_weights_that_stay_whole_between_passes_are_refused(reshards, blocks, message, monkeypatch) -> None:
+    model = runs.peft_model()
+    for module in [model, *(model.get_base_model().model.layers if blocks else ())]:
+        sharded(module)
+    known = SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=reshards))
+    monkeypatch.setattr("atp.callback.AcceleratorState", lambda: known)
+    with nullcontext() if message is None else pytest.raises(UnsupportedModelError, match=message):
+        _require_shards_that_come_and_go(model)
+
+
+def test_blocks_that_fsdp_has_wrapped_or_compiled_are_refused_by_name() -> None:
+    model = runs.peft_model()
+    sharded(model)
+    model._orig_mod = None
+    with pytest.raises(UnsupportedModelError, match="torch_compile is not supported with FSDP2"):
+        _require_shards_that_come_and_go(model)
+    layers = model.get_base_model().model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    with pytest.raises(UnsupportedModelError, match="fsdp_activation_checkpointing puts blocks into others"):
+        _require_shards_that_come_and_go(model)
+
+
+def test_adapters_that_are_not_trained_are_saved_where_others_are_in_parts(monkeypatch) -> None:
+    model = runs.peft_model()
+    model.add_adapter("reference", LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr("atp.callback.is_sharded", lambda _: True)
+    assert any(".reference." in name for name in _gathered_adapters(model))
+
+
+def test_settings_that_are_no_config_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="takes an ATPConfig, not dict"):
+        ATPCallback({"sparsity": 0.4})
+
+
+@pytest.mark.parametrize("export", [True, False])
+def test_layers_that_are_trained_whole_and_would_lose_parts_are_refused_before_training(export, tmp_path: Path) -> None:
+    model = runs.peft_model(target_modules=["q_proj", "gate_proj"], modules_to_save=["down_proj"])
+    with pytest.raises(UnsupportedModelError, match=r"down_proj is trained whole \(modules_to_save\)"):
+        runs.trainer(tmp_path, runs.config(export=export), model=model).train()
+    assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_an_evaluation_set_may_share_rows_with_the_training_set(tmp_path: Path, caplog) -> None:
+    """Among them some that were held out of it; with a calibration set that was given it may not."""
+    train, settings = runs.dataset(), {"eval_strategy": "steps", "eval_steps": 5}
+    run = runs.trainer(tmp_path / "a", runs.config(), train=train, evaluation=train, **settings)
+    assert run.train().global_step == runs.STEPS
+    assert caplog.text.count("is a training row too") == 1
+    given = ATPCallback(runs.config(), calibration_dataset=train.select(range(8)), report=False)
+    with pytest.raises(CalibrationError, match="evaluation row 0 is also a calibration row"):
+        runs.trainer(tmp_path / "b", given, train=train, evaluation=train, **settings).train()
+
+
+def test_patience_begins_anew_when_pruning_does(tmp_path: Path) -> None:
+    """Else evaluations of the dense model would win over those of the pruned one before it has learned."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 20}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "evaluation": runs.dataset(8, seed=3)}
+    best = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            best.append(state.best_metric)
+
+    run = runs.trainer(tmp_path, runs.config(**runs.LATE), callbacks=(Watch(),), **settings)
+    run.train()
+    begins = [step for step, metric in enumerate(best) if metric is None]
+    assert begins == [0, 4, 12]  # of twenty steps
 
 
 def test_trials_of_a_search_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from atp.cli import build_parser, main
 from atp.errors import ATPError
+from atp.evaluation import perplexity
 from atp.files import write_json, written_beside
 from atp.recipe import Recipe
 from tests import tiny
@@ -183,13 +184,14 @@ def test_train_then_resume_then_export(recipe, tmp_path, capsys):
     assert metrics["pruned"]["parameters"] == sum(p.numel() for p in tiny.model().parameters()) - removed
 
     assert metrics["command"][:2] == ["atp", "train"]
-    assert metrics["data"]["rows"] == {"train": 120, "validation": 20}
+    assert metrics["data"]["rows"] == {"train": 120, "validation": 20, "validation_windows": 23}  # three rows make two
     assert metrics["base"]["bytes"] == sum(f.stat().st_size for f in Path(recipe["model"]["name_or_path"]).iterdir())
     assert metrics["base"]["parameters"] == sum(p.numel() for p in tiny.model().parameters())
     assert [sample["prompt"] for sample in metrics["samples"]] == [tiny.row(i)["prompt"] for i in (120, 126, 133)]
 
     assert "already holds a run" in refused(capsys, "train", path)
     assert json.loads((run / "metrics.json").read_text()) == metrics
+    (run / "metrics.json").unlink()  # as where it was killed while it measured
     assert main(["train", path, "--atp.sparsity", "0.5", "--resume"]) == 0
     again = json.loads((run / "metrics.json").read_text())
     assert again["validation"]["nll"] == pytest.approx(metrics["validation"]["nll"], rel=1e-6)
@@ -317,6 +319,17 @@ def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
     assert "training" in json.loads((run / "metrics.json").read_text())
 
 
+def test_a_finished_run_is_not_gone_on_with(recipe, tmp_path, capsys):
+    path = written(recipe, tmp_path)
+    assert main(["train", path]) == 0
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    assert "holds a finished run: nothing is left to go on with" in refused(capsys, "train", path, "--resume")
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    (tmp_path / "run" / "metrics.json").unlink()  # as where measuring was cut
+    assert main(["train", path, "--resume"]) == 0
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
 def test_overwrite_takes_links_away_and_leaves_what_they_point_to(recipe, tmp_path):
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     assert main(["train", written(recipe, tmp_path)]) == 0
@@ -415,6 +428,24 @@ def test_of_several_gpus_one_process_takes_one(recipe, tmp_path, caplog, monkeyp
     assert "one of 2 GPUs: start it with accelerate launch" in caplog.text
 
 
+def test_a_run_in_parts_that_exports_nothing_is_measured_by_what_it_has_saved(recipe, tmp_path, monkeypatch):
+    """Of the processes that hold parts only the first measures."""
+    recipe["atp"]["export"] = False
+    ran = []
+    monkeypatch.setattr("atp.commands.results._is_in_parts", lambda model: not ran.append(model))
+    measured = []
+
+    def seen(model, windows):
+        measured.append(model)
+        return perplexity(model, windows)
+
+    monkeypatch.setattr("atp.commands.results.perplexity", seen)
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    (masked,), (_, loaded) = ran, measured  # the base model comes first
+    assert loaded is not masked
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"]["perplexity"] > 0
+
+
 @pytest.mark.parametrize("fills", ["perplexity", "continuation"])
 def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(fills, recipe, tmp_path, caplog, monkeypatch):
     """What has been measured before there was none is kept."""
@@ -508,6 +539,13 @@ def test_other_commands_refuse_bad_input_in_one_line(base, tmp_path, capsys):
     assert "invalid choice: 'inspekt'" in refused(capsys, "inspekt")
     assert "required" in refused(capsys)
     assert "unrecognized arguments: --verbose" in refused(capsys, "inspect", base, "--verbose")
+
+
+def test_what_runs_in_one_process_is_refused_in_several(base, capsys, monkeypatch):
+    for name, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert "atp inspect runs in one process: start it without a launcher" in refused(capsys, "inspect", base)
+    assert "cannot be read" in refused(capsys, "train", base / "nowhere.yaml")
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):

@@ -21,8 +21,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from atp import load
-from tests import launching, runs, tiny
+from atp import export, load
+from tests import families, launching, runs, tiny
+from tests.export.cases import masked
 
 ROOT = Path(__file__).parents[1]
 ENGINES = {
@@ -295,3 +296,18 @@ def test_parts_held_twice_equal_one_process_and_resume_exactly(alone: Path, base
     ran(cut, HYBRID, base, "joint", "--resume")
     for rank in range(4):
         assert all(runs.same(left(cut, "joint", what, rank), left(tmp_path, "joint", what, rank)) for what in WHAT)
+
+
+@pytest.mark.slow
+def test_an_export_with_sizes_of_its_own_is_loaded_in_parts(tmp_path: Path) -> None:
+    """With norms over heads, biases, and a stream that is cut."""
+    folders = []
+    for family, space in (("olmo2", "width"), ("llama_biases", "disp")):
+        model = masked(families.with_lora(families.build(family)), space)
+        folders.append(export(model, tmp_path / family))
+    done = ended(tmp_path, "zero3", "tests.in_parts", str(tmp_path), *map(str, folders))
+    for folder in folders:
+        whole = tmp_path / f"{folder.name}.safetensors"
+        assert whole.exists(), done.stdout[-3000:]
+        model = load(folder)
+        assert runs.same(load_file(whole), dict(model.named_parameters()) | dict(model.named_buffers()))

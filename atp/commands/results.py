@@ -15,6 +15,7 @@ from atp.commands.models import bytes_of, to_best_device
 from atp.commands.versions import versions_of
 from atp.data import Row
 from atp.evaluation import continuation, folder_bytes, model_cost, perplexity, score_task
+from atp.loading import load
 from atp.models import load_model
 from atp.recipe import Recipe
 from atp.structure.sharding import is_sharded
@@ -94,14 +95,21 @@ def _qualities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data:
 def _pruned(recipe: Recipe, masked: PeftModel) -> PreTrainedModel:
     """The exported folder as a stranger loads it; without one, the masked model."""
     folder = _export_of(recipe)
-    return load_model(str(folder)) if folder.is_dir() else masked
+    if folder.is_dir():
+        return load_model(str(folder))
+    return load(recipe.output_dir) if _is_in_parts(masked) else masked
 
 
 def _dense(recipe: Recipe, tuned: PeftModel) -> PreTrainedModel:
     """The adapter is merged, but into quantised weights, where merging loses."""
-    if any(is_sharded(parameter) for parameter in tuned.parameters()):  # the other processes have gone
+    if _is_in_parts(tuned):
         tuned = PeftModel.from_pretrained(base_model(recipe), str(Path(recipe.output_dir) / "final"))
     return tuned.get_base_model() if recipe.model.bits else tuned.merge_and_unload()
+
+
+def _is_in_parts(model: PeftModel) -> bool:
+    """Whether it cannot run any more: the other processes have gone."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def _cost(recipe: Recipe, model: PreTrainedModel) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     again.add_argument("--overwrite", action="store_true", help="remove what an earlier run left in output_dir")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
-    parser.set_defaults(run=run, takes_overrides=True)
+    parser.set_defaults(run=run, takes_overrides=True, takes_processes=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -71,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite, first)
         if arguments.overwrite:
             _keep_what_is_read(recipe)
+    _require_unfinished(recipe, checkpoint)
     if first and training.bf16 and not computes_in_bf16():
         logger.warning("atp: this CPU has no bfloat16 arithmetic: --training.bf16 false is several times faster here")
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
@@ -165,6 +166,19 @@ def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) ->
             "--output_dir"
         )
     return None
+
+
+def _require_unfinished(recipe: Recipe, checkpoint: str | None) -> None:
+    """Where nothing is left the Trainer takes one more step, and measures again."""
+    if checkpoint is None or not (Path(recipe.output_dir) / "metrics.json").exists():
+        return
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    asked = recipe.training.get("max_steps", -1)
+    if state["global_step"] >= max(state["max_steps"], asked) and (recipe.atp or asked > 0):
+        raise ConfigError(
+            f"output_dir {recipe.output_dir} holds a finished run: nothing is left to go on with; give --overwrite to "
+            "start again, or another --output_dir"
+        )
 
 
 def _intact(checkpoint: Path) -> str:

@@ -112,7 +112,7 @@ def resize(model: PreTrainedModel, layout: Any) -> None:
             if _is_inside(path, gone):
                 continue
             norm = block.get_submodule(path)
-            norm.weight = nn.Parameter(norm.weight.detach()[: size(len(norm.weight), kind)].clone())
+            _shrink_norm(norm, size(_shape(norm.weight)[0], kind))
         if kept.get("kv"):
             _set_heads(block.get_submodule(layout["attention"]), full["kv"], kept["kv"])
         for path, (read, written) in layout["selections"].items():
@@ -149,7 +149,8 @@ def _check_block(model: PreTrainedModel, modules: dict[str, Any], full: dict[str
     for path in layout.get("biases", ()):
         _require(isinstance(modules[path], nn.Linear), "bias", path)
     for path, kind in layout["norms"].items():
-        _require(modules[path].weight.ndim == 1 and len(modules[path].weight) % full[kind] == 0, "norm", path)
+        shape = _shape(modules[path].weight)
+        _require(len(shape) == 1 and shape[0] % full[kind] == 0, "norm", path)
     if "kv" in full:
         _require(model.config.num_attention_heads % full["kv"] == 0, "counts of", "kv")
     for path, kinds in layout["selections"].items():
@@ -178,10 +179,31 @@ def _check_indices(model: PreTrainedModel) -> None:
 
 
 def _shrink_linear(linear: nn.Linear, out_features: int, in_features: int) -> None:
+    linear.out_features, linear.in_features = out_features, in_features
+    if _is_partitioned(linear.weight):
+        has_bias, like = linear.bias is not None, {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        smaller = nn.Linear(in_features, out_features, has_bias, **like)  # partitioned as it is made
+        linear.weight, linear.bias = smaller.weight, smaller.bias
+        return
     linear.weight = nn.Parameter(linear.weight.detach()[:out_features, :in_features].clone())
     if linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach()[:out_features].clone())
-    linear.out_features, linear.in_features = out_features, in_features
+
+
+def _shrink_norm(norm: Any, features: int) -> None:
+    if _is_partitioned(norm.weight):
+        norm.weight = nn.Parameter(norm.weight.new_ones(features))
+    else:
+        norm.weight = nn.Parameter(norm.weight.detach()[:features].clone())
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed has left this process a part of it, flat, while the model is made (ZeRO-3)."""
+    return hasattr(parameter, "ds_shape")
+
+
+def _shape(parameter: Tensor) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 class LeftOut(nn.Module):

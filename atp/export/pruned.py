@@ -110,7 +110,7 @@ class Pruned:
         return f"## How to open it\n\n{first}\n\n{code}\n\n{table}"
 
 
-_REGISTERING = ("import atp  # or, without atp: from_pretrained(..., trust_remote_code=True)",)
+_REGISTERING = ("import atp  # or, without atp: trust_remote_code=True in every from_pretrained",)
 _LOADING = (
     "from transformers import AutoModelForCausalLM, AutoTokenizer",
     "",

@@ -254,8 +254,7 @@ class Attachment:
 
 def _refuse_unloading(*_args: object, **_kwargs: object) -> NoReturn:
     raise ATPError(
-        "merging or unloading LoRA here would lose the masks without a word: use atp.export(model, out), which merges, "
-        "or call atp.layers.detach(model) first"
+        "merging or unloading LoRA here would lose the masks without a word: use atp.export(model, out), which merges"
     )
 
 
@@ -269,7 +268,10 @@ def attach(model: nn.Module, space: Space) -> Attachment:
     """
     lm = causal_lm(model)
     if attachment_of(lm) is not None:
-        raise UnsupportedModelError(f"{type(lm).__name__} is already attached: call atp.layers.detach(model) first")
+        raise UnsupportedModelError(
+            f"{type(lm).__name__} is being pruned already, by another ATPCallback or by a run that has ended: one "
+            "callback is enough, and what a run has made is gone on with from its pruned/ or by atp.load"
+        )
     for linear in space.linears:
         if has_own_forward(lm.get_submodule(linear.path)):
             raise UnsupportedModelError(

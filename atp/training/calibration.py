@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from atp.data import causal
-from atp.errors import CalibrationError
+from atp.errors import CalibrationError, in_one_line
 
 MOST_HELD_OUT = 0.1
 """At most this share of the training rows is held out."""
@@ -33,13 +33,22 @@ class Calibration:
     """
 
     def __init__(self, rows: Sequence[Any], collate: Callable[[list[Any]], Mapping[str, Any]], batch_size: int) -> None:
+        if not indexable(rows):
+            raise CalibrationError("calibration_dataset streams: give rows that can be taken by number, such as a list")
         if len(rows) < batch_size:
             raise CalibrationError(
                 f"{len(rows)} calibration rows are fewer than calibration_batch_size={batch_size}: "
                 "give more rows or lower it"
             )
         self._rows, self._collate, self._batch_size = rows, collate, batch_size
-        if "labels" not in self.batch(0):
+        try:
+            first = self.batch(0)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"calibration rows cannot be made into a batch ({in_one_line(error)}): prepare them as the training "
+                "set is by the time it reaches the Trainer (of TRL's trainers, take rows of trainer.train_dataset)"
+            ) from error
+        if "labels" not in first:
             raise CalibrationError(
                 "calibration batches have no labels, so the model returns no loss: calibration rows must be prepared "
                 "like a training set for language modelling (tokenised, with the same data collator)"
@@ -48,15 +57,19 @@ class Calibration:
     def batch(self, index: int) -> Mapping[str, Any]:
         """Batch number `index`; they repeat after the last row, and depend on nothing but the index."""
         start = index * self._batch_size
-        return causal(self._collate([self._rows[(start + i) % len(self._rows)] for i in range(self._batch_size)]))
+        return self._collated(range(start, start + self._batch_size))
+
+    def _collated(self, numbers: Iterable[int]) -> Mapping[str, Any]:
+        return causal(self._collate([self._rows[number % len(self._rows)] for number in numbers]))
 
     def __len__(self) -> int:
-        """Full batches."""
-        return len(self._rows) // self._batch_size
+        """Batches of all rows."""
+        return -(-len(self._rows) // self._batch_size)
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        """Every full batch once."""
-        return (self.batch(i) for i in range(len(self)))
+        """Every row once; the last batch may be smaller."""
+        starts = range(0, len(self._rows), self._batch_size)
+        return (self._collated(range(start, min(start + self._batch_size, len(self._rows)))) for start in starts)
 
     def and_also(self, dataset: Any, indices: Iterable[int], rows: int) -> "Calibration":
         """These rows and others of `dataset`, in the order of `indices`, up to `rows` in all."""
@@ -112,14 +125,9 @@ def row_hash(row: Any) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def check_disjoint(calibration: set[str], evaluation: Any) -> None:
-    """Raise `CalibrationError` where a row of the evaluation set is also a calibration row."""
-    for index in range(len(evaluation)):
-        if row_hash(evaluation[index]) in calibration:
-            raise CalibrationError(
-                f"evaluation row {index} is also a calibration row, so its score would be flattered: "
-                "remove it from one of the two sets"
-            )
+def shared_row(calibration: set[str], evaluation: Any) -> int | None:
+    """The first row of the evaluation set that is also a calibration row."""
+    return next((i for i in range(len(evaluation)) if row_hash(evaluation[i]) in calibration), None)
 
 
 def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[int]:

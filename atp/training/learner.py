@@ -192,7 +192,7 @@ class DecisionLearner:
     def show_decision(self) -> None:
         """Put the noise-free decision in place, for evaluation."""
         if not self.frozen:
-            self.attachment.set_masks(self.decision())
+            self.attachment.set_masks(from_first(self.decision()))
 
     @torch.no_grad()
     def entropy(self) -> float | None:

@@ -8,7 +8,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from atp.errors import CalibrationError
-from atp.training.calibration import Calibration, check_disjoint, hold_out, row_hash
+from atp.training.calibration import Calibration, hold_out, row_hash, shared_row
 from atp.training.start import for_refit
 from tests import runs
 
@@ -62,7 +62,6 @@ def test_batches_wrap_around_and_need_labels() -> None:
 
     calibration = Calibration(rows, collate, 4)
     assert calibration.batch(1)["input_ids"][2].tolist() == rows[0]["input_ids"]
-    assert len(list(calibration)) == 1
     with pytest.raises(CalibrationError, match="no labels"):
         Calibration(rows, lambda batch: {"input_ids": torch.tensor([row["input_ids"] for row in batch])}, 4)
 
@@ -102,9 +101,27 @@ def test_first_tokens_are_those_of_the_rows_one_by_one_without_padding() -> None
 def test_rows_are_known_by_their_tokens() -> None:
     row = {"input_ids": [3, 4], "labels": [3, 4]}
     assert row_hash(row) == row_hash({"input_ids": torch.tensor([3, 4]), "extra": 1})
-    check_disjoint({row_hash(row)}, [{"input_ids": [4, 3]}])
-    with pytest.raises(CalibrationError, match="evaluation row 1"):
-        check_disjoint({row_hash(row)}, [{"input_ids": [4, 3]}, row])
+    assert shared_row({row_hash(row)}, [{"input_ids": [4, 3]}]) is None
+    assert shared_row({row_hash(row)}, [{"input_ids": [4, 3]}, row]) == 1
     pair = {"prompt": "x", "prompt_ids": [3], "chosen_ids": [4], "rejected_ids": [5], "ref_chosen_logps": -1.5}
     assert row_hash(pair) == row_hash(pair | {"ref_chosen_logps": -1.500001})
     assert row_hash(pair) != row_hash(pair | {"chosen_ids": [6]})
+
+
+def test_all_rows_are_looked_at_also_those_that_fill_no_batch() -> None:
+    rows = [{"input_ids": [i], "labels": [i]} for i in range(5)]
+    batches = Calibration(rows, lambda batch: {"labels": torch.tensor([row["labels"] for row in batch])}, 2)
+    assert [batch["labels"].flatten().tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
+    assert len(batches) == 3
+    assert batches.batch(2)["labels"].flatten().tolist() == [4, 0], "the generator's are whole"
+
+
+def test_rows_that_make_no_batch_are_refused_in_one_line() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Any:
+            return iter(range(3))
+
+    with pytest.raises(CalibrationError, match="calibration_dataset streams"):
+        Calibration(Stream(), list, 1)
+    with pytest.raises(CalibrationError, match="cannot be made into a batch .*prepare them as the training set"):
+        Calibration([{"text": "fever"}], lambda rows: {"labels": [row["input_ids"] for row in rows]}, 1)
