@@ -137,7 +137,7 @@ class ATPCallback(TrainerCallback):
         self._feeder.join()
         with args.main_process_first(local=False, desc="half-written checkpoints"):
             if state.is_world_process_zero:
-                set_aside_unfinished(Path(args.output_dir))
+                set_aside_unfinished(Path(args.output_dir), each_machine=args.save_on_each_node)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -454,6 +454,11 @@ class ATPCallback(TrainerCallback):
         if isinstance(given, str | Path) and given:
             return Path(given)
         found = _checkpoint(args, state)
+        if not found.is_dir():
+            raise CheckpointError(
+                f"{found} is not there: where the run goes on from another folder, name that one in "
+                "ATPCallback(resume_from_checkpoint=...) too"
+            )
         _require_resumed(found, state)
         return found
 

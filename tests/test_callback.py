@@ -649,6 +649,26 @@ def test_our_part_of_a_checkpoint_is_there_before_the_trainer_may_remove_an_olde
     assert all(seen)
 
 
+def test_a_checkpoint_of_another_folder_is_to_be_named_to_the_callback_too(tmp_path: Path) -> None:
+    runs.trainer(tmp_path / "a", runs.config(), save_strategy="steps", save_steps=4).train()
+    checkpoint = str(tmp_path / "a" / "checkpoint-4")
+    with pytest.raises(CheckpointError, match=r"b/checkpoint-4 is not there: .*ATPCallback\(resume_from_checkpoint"):
+        runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_machine_with_a_folder_of_its_own_has_random_states_of_its_own_processes(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
+    runs.trainer(tmp_path, runs.config(), **settings).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    values = json.loads((checkpoint / "atp" / "state.json").read_text()) | {"world_size": 2}
+    (checkpoint / "atp" / "state.json").write_text(json.dumps(values))
+    runs.trainer(tmp_path, runs.config(), save_on_each_node=True)
+    assert checkpoint.is_dir()
+    runs.trainer(tmp_path, runs.config())
+    assert not checkpoint.exists()
+
+
 def test_only_checkpoints_that_a_kill_cut_short_are_set_aside(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     runs.trainer(tmp_path, runs.config(), **settings).train()

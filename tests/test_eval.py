@@ -76,6 +76,7 @@ def refused(capsys, *argv):
 )
 def test_gates_are_read(text, gate):
     assert parse_gate(text) == gate
+    assert parse_gate("perplexity > 30").name == "ppl"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_gates_that_say_nothing_are_refused(text, message):
         ("ppl > 3", {"has_data": False}, "it needs --data FILE"),
         ("prefill.ms > +3%", {"has_speed": False}, "it is not measured with --no-speed"),
         ("qa.f1 < -2", {}, "'qa.f1' is unknown: did you mean 'qa.macro_f1'"),
-        ("perplexity > 3", {}, "'perplexity' is unknown: .*known: parameters, .*ppl, qa.acc, qa.macro_f1"),
+        ("pplx > 3", {}, "'pplx' is unknown: .*known: parameters, .*ppl, qa.acc, qa.macro_f1"),
         ("qa.acc < -2", {"baseline": None}, "give --baseline MODEL"),
     ],
 )

@@ -68,7 +68,9 @@ def run(arguments: argparse.Namespace) -> None:
     _take_one_gpu(training)
     first = training.process_index == 0
     with training.main_process_first(local=False, desc="checkpoints"):
-        checkpoint = _checkpoint(Path(recipe.output_dir), arguments.resume, arguments.overwrite, first)
+        checkpoint = _checkpoint(
+            Path(recipe.output_dir), arguments.resume, arguments.overwrite, first, training.save_on_each_node
+        )
         if arguments.overwrite:
             _keep_what_is_read(recipe)
     _require_unfinished(recipe, checkpoint)
@@ -145,11 +147,11 @@ def _keep_what_is_read(recipe: Recipe) -> None:
         keep_apart(path, *recipe.model.places)
 
 
-def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool) -> str | None:
+def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool, each_machine: bool) -> str | None:
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
     check_place(output_dir)
     if resume and first:
-        set_aside_unfinished(output_dir)
+        set_aside_unfinished(output_dir, each_machine)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if resume and found:
         return _intact(Path(found))

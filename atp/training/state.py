@@ -81,18 +81,21 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
         )
 
 
-def set_aside_unfinished(output_dir: Path) -> list[Path]:
+def set_aside_unfinished(output_dir: Path, each_machine: bool = False) -> list[Path]:
     """Rename checkpoints that were being written when their run was killed, so that nothing goes on from them; say so.
 
     Their state of ours is written first; the Trainer's `trainer_state.json` last, but for the random states of other
     processes than the first. Checkpoints without such a state are not touched.
+
+    Args:
+        each_machine: whether each has a folder of its own (`save_on_each_node`), with random states of its processes.
 
     Returns:
         What they are called now.
     """
     aside = []
     for checkpoint in sorted(output_dir.glob("checkpoint-*")):
-        if (checkpoint / FOLDER).is_dir() and not _is_finished(checkpoint):
+        if (checkpoint / FOLDER).is_dir() and not _is_finished(checkpoint, each_machine):
             names = (f"_unfinished-{checkpoint.name}{end}" for end in chain([""], map("-{}".format, count(2))))
             free = (path for name in names if not (path := checkpoint.with_name(name)).exists())
             aside.append(checkpoint.rename(next(free)))
@@ -105,7 +108,7 @@ def not_finished_yet(checkpoint: Path) -> None:
     (checkpoint / _WRITTEN_LAST).unlink(missing_ok=True)
 
 
-def _is_finished(checkpoint: Path) -> bool:
+def _is_finished(checkpoint: Path, each_machine: bool = False) -> bool:
     try:
         json.loads((checkpoint / _WRITTEN_LAST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -116,7 +119,8 @@ def _is_finished(checkpoint: Path) -> bool:
         return True  # of which `load_state` says more
     if processes == 1 or not any(checkpoint.glob("rng_state_*.pth")):  # the latter: `save_only_model`
         return True
-    return all(zipfile.is_zipfile(checkpoint / f"rng_state_{rank}.pth") for rank in range(processes))
+    expected = [checkpoint / f"rng_state_{rank}.pth" for rank in range(processes)]
+    return all(zipfile.is_zipfile(file) for file in expected if file.exists() or not each_machine)
 
 
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

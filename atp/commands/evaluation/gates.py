@@ -20,6 +20,8 @@ from atp.evaluation import Difference
 
 _EXPRESSION = re.compile(r"(?P<name>\S+?)\s*(?P<sign>[<>])\s*(?P<number>[+-]?(?:\d+\.?\d*|\.\d+))\s*(?P<percent>%?)")
 
+_ALSO_CALLED = {"perplexity": PERPLEXITY}
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -59,13 +61,13 @@ def parse_gate(text: str) -> Gate:
             f"--fail-if {text!r} is not understood: write NAME, < or >, and a number, such as 'ppl > +3%', "
             "'pubmedqa.acc < -2' or 'ppl > 30'"
         )
-    number = found["number"]
+    name, number = _ALSO_CALLED.get(found["name"], found["name"]), found["number"]
     change, percent = number[0] in "+-", bool(found["percent"])
     if percent and not change:
         raise ConfigError(f"--fail-if {text!r}: a share of the baseline needs a sign: write +{number}% or -{number}%")
-    if percent and is_share(found["name"]):
+    if percent and is_share(name):
         raise ConfigError(f"--fail-if {text!r}: scores change in points: write {number} without %")
-    return Gate(text.strip(), found["name"], found["sign"] == ">", float(number), change, percent)
+    return Gate(text.strip(), name, found["sign"] == ">", float(number), change, percent)
 
 
 def check_gates(
