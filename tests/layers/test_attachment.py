@@ -141,7 +141,7 @@ def test_checkpointing_gives_the_same_mask_gradients():
 def test_attaching_twice_is_refused():
     model = families.build("llama")
     attach(model, _space(model, "width"))
-    with pytest.raises(UnsupportedModelError, match="already attached"):
+    with pytest.raises(UnsupportedModelError, match="is being pruned already"):
         attach(model, _space(model, "width"))
 
 
