@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -38,7 +37,7 @@ from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm, is_adapters
 from atp.structure.sharding import held, is_sharded, settle, whole
-from atp.structure.space import HIDDEN, Space
+from atp.structure.space import Space
 from atp.subset import evenly_spread
 from atp.trackers import Feeder
 from atp.training.calibration import indexable, shared_row, with_columns_of
@@ -55,14 +54,12 @@ from atp.training.state import (
     set_aside_unfinished,
     under,
 )
+from atp.training.supported import require_supported
 
 logger = logging.getLogger(__name__)
 
 ADAPTERS = "adapters"
 """In the state of a run's end: names of the adapters that it ended with."""
-
-_WRAPPED = "._checkpoint_wrapped_module"
-"""Inside blocks that FSDP's own activation checkpointing has wrapped."""
 
 LOG_PREFIX = "atp/"
 HELD_OUT_ROWS = 32
@@ -144,12 +141,8 @@ class ATPCallback(TrainerCallback):
     ) -> None:
         """Discover, attach, and start (or resume) the learner. May run twice (`auto_find_batch_size`)."""
         self._feeder.join()
-        _require_rows_of_its_own()
-        _require_dense_reference(args)
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        _require_one_gpu_each(args, model)
-        _require_what_can_be_followed(args, state, model, self.config)
-        _require_shards_that_come_and_go(model)
+        require_supported(args, state, model, self.config)
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._let_go(model)
@@ -231,13 +224,7 @@ class ATPCallback(TrainerCallback):
         dataset = getattr(kwargs.get("eval_dataloader"), "dataset", None)
         name = getattr(dataset, "_fingerprint", None) or id(dataset)  # the Trainer makes a new one for each evaluation
         if indexable(dataset) and name not in self._checked:
-            if (row := shared_row(self._calibration_hashes, dataset)) is not None:
-                if self._given_calibration is not None:
-                    raise CalibrationError(
-                        f"evaluation row {row} is also a calibration row, so its score would be flattered: remove it "
-                        "from one of the two sets"
-                    )
-                logger.warning("atp: evaluation row %d is a training row too: what such a set says is flattered", row)
+            self._require_apart(dataset)
             self._checked[name] = None if isinstance(name, str) else dataset  # an `id` is free again without it
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -301,6 +288,16 @@ class ATPCallback(TrainerCallback):
         """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
         if self._monitor is not None and "loss" in logs:
             logs |= {f"{LOG_PREFIX}{name}": value for name, value in self._monitor.figures().items()}
+
+    def _require_apart(self, evaluation: Any) -> None:
+        if (row := shared_row(self._calibration_hashes, evaluation)) is None:
+            return
+        if self._given_calibration is not None:
+            raise CalibrationError(
+                f"evaluation row {row} is also a calibration row, so its score would be flattered: remove it from one "
+                "of the two sets"
+            )
+        logger.warning("atp: evaluation row %d is a training row too: what such a set says is flattered", row)
 
     def _kept_by_block(self) -> Mapping[str, list[float]] | None:
         return None if self._monitor is None else self._monitor.kept_by_block()
@@ -538,92 +535,9 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
     return attachment
 
 
-def _require_rows_of_its_own() -> None:
-    """Rows are dealt out to processes."""
-    parallel = getattr(AcceleratorState(), "parallelism_config", None)
-    if parallel is not None and parallel.non_data_parallel_size > 1:
-        raise UnsupportedModelError(
-            "tensor, context and sequence parallelism are not supported, by which several processes share the pass of "
-            "one row: shard the model with configs/accelerate/fsdp2.yaml or zero3.yaml instead"
-        )
-
-
-def _require_one_gpu_each(args: TrainingArguments, model: nn.Module) -> None:
-    """The Trainer drives several by `nn.DataParallel`, but for quantised models; copies share what the first has."""
-    whole = not any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-    if args.n_gpu > 1 and whole:
-        raise UnsupportedModelError(
-            f"one process sees {args.n_gpu} GPUs: start the script with accelerate launch, which gives each its own, "
-            "or set CUDA_VISIBLE_DEVICES=0"
-        )
-
-
 def _batch_size(loader: DataLoader, args: TrainingArguments) -> int:
     """Rows of a training pass: `auto_find_batch_size` may have found fewer than `args` say, a state may be resumed."""
     return loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or args.per_device_train_batch_size
-
-
-def _require_what_can_be_followed(
-    args: TrainingArguments, state: TrainerState, model: nn.Module, config: ATPConfig
-) -> None:
-    """Settings of the Trainer under which gradients, checkpoints or the stream are not where they are looked for."""
-    if state.is_hyper_param_search:
-        raise UnsupportedModelError(
-            "hyperparameter_search keeps checkpoints where callbacks are not told of: use atp compare, or a Trainer of "
-            "its own for each trial"
-        )
-    if getattr(args, "enable_jit_checkpoint", False):
-        raise UnsupportedModelError(
-            "enable_jit_checkpoint saves within a step, without the pruning state: set it to False and save by "
-            "save_steps, from which a killed run goes on"
-        )
-    if any(_is_reentrant(module) for module in model.modules()):
-        raise UnsupportedModelError(
-            "gradient checkpointing with use_reentrant=True hides gradients that pruning measures: set it to False "
-            "where it is asked for (gradient_checkpointing_kwargs, prepare_model_for_kbit_training)"
-        )
-    if args.neftune_noise_alpha and HIDDEN in config.space:
-        raise UnsupportedModelError(
-            f"neftune_noise_alpha adds noise to dimensions that space={config.space!r} removes: leave it out, or take "
-            "another space"
-        )
-
-
-def _require_shards_that_come_and_go(model: nn.Module) -> None:
-    """FSDP2 as configs/accelerate/fsdp2.yaml has it: refits measure and change weights between passes, in parts."""
-    names = {name for name, _ in model.named_modules()}
-    if any(name.endswith(_WRAPPED) for name in names):
-        raise UnsupportedModelError(
-            "fsdp_activation_checkpointing puts blocks into others: set it to False, and gradient_checkpointing (since "
-            "5.23 activation_checkpointing) of TrainingArguments to True instead"
-        )
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if not units:
-        return
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModelError("torch_compile is not supported with FSDP2: set it to False")
-    plugin = getattr(AcceleratorState(), "fsdp_plugin", None)
-    if len(units) == 1 or (plugin is not None and not plugin.reshard_after_forward):
-        raise UnsupportedModelError(
-            "FSDP2 keeps weights whole between passes here, and what refits change would be lost: set "
-            "fsdp_reshard_after_forward to true and fsdp_auto_wrap_policy to TRANSFORMER_BASED_WRAP, as "
-            "configs/accelerate/fsdp2.yaml"
-        )
-
-
-def _is_reentrant(module: nn.Module) -> bool:
-    """Whether what it checkpoints is, which arguments need not say: a script may ask the model itself."""
-    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-    return bool(getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"))
-
-
-def _require_dense_reference(args: TrainingArguments) -> None:
-    """TRL's DPO and KTO compare with the model before training: computed at each step, it would be under the masks."""
-    if getattr(args, "precompute_ref_log_probs", True) is False:
-        raise UnsupportedModelError(
-            f"{type(args).__name__}: the reference model would be pruned too: set precompute_ref_log_probs=True, so "
-            "that its log-probabilities are computed before pruning begins"
-        )
 
 
 def _loss_scale(kwargs: Mapping[str, Any]) -> float:

@@ -5,16 +5,16 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
 from atp.errors import ATPError, CheckpointError, ConfigError, in_one_line
 
-STREAMS: dict[str, Callable[[], TextIO]] = {"/dev/stdout": lambda: sys.stdout, "/dev/stderr": lambda: sys.stderr}
+STREAMS = {"/dev/stdout": "stdout", "/dev/stderr": "stderr"}
 """Names of what is open already, and may be a file: to be gone on with, not replaced."""
 
 
@@ -123,9 +123,10 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     """
     target, place = Path(path), Path(path).resolve()
     try:
-        if stream := STREAMS.get(str(path)):
-            stream().flush()
-            with open(os.dup(stream().fileno()), "wb") as file:
+        if name := STREAMS.get(str(path)):
+            stream = getattr(sys, name)
+            stream.flush()
+            with open(os.dup(stream.fileno()), "wb") as file:
                 file.write(content)
             return
         if target.exists() and not target.is_file():  # such as /dev/null

@@ -54,7 +54,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     evaluation leaves the other one behind. Backward passes belong inside, for what checkpointing computes again must
     be what it was.
     """
-    with evaluating(model):
+    with modes_kept(model):
         for module in model.modules():
             module.training = isinstance(module, GradientCheckpointingLayer)
         yield

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from atp import ATPCallback, load
-from atp.callback import _gathered_adapters, _require_shards_that_come_and_go, _require_what_can_be_followed
+from atp.callback import _gathered_adapters
 from atp.cli import main
 from atp.errors import (
     ATPError,
@@ -52,6 +52,7 @@ from atp.structure.discovery import discover
 from atp.structure.live import base_layer, is_quantised
 from atp.training import calibration, refitting, state
 from atp.training.run import TEACHER
+from atp.training.supported import require_shards_that_come_and_go, require_what_can_be_followed
 from tests import families, runs, tiny
 
 WAYS = [
@@ -781,9 +782,9 @@ def test_weights_that_stay_whole_between_passes_are_refused(reshards, blocks, me
     for module in [model, *(model.get_base_model().model.layers if blocks else ())]:
         sharded(module)
     known = SimpleNamespace(fsdp_plugin=SimpleNamespace(reshard_after_forward=reshards))
-    monkeypatch.setattr("atp.callback.AcceleratorState", lambda: known)
+    monkeypatch.setattr("atp.training.supported.AcceleratorState", lambda: known)
     with nullcontext() if message is None else pytest.raises(UnsupportedModelError, match=message):
-        _require_shards_that_come_and_go(model)
+        require_shards_that_come_and_go(model)
 
 
 def test_blocks_that_fsdp_has_wrapped_or_compiled_are_refused_by_name() -> None:
@@ -791,11 +792,11 @@ def test_blocks_that_fsdp_has_wrapped_or_compiled_are_refused_by_name() -> None:
     sharded(model)
     model._orig_mod = None
     with pytest.raises(UnsupportedModelError, match="torch_compile is not supported with FSDP2"):
-        _require_shards_that_come_and_go(model)
+        require_shards_that_come_and_go(model)
     layers = model.get_base_model().model.layers
     layers[0] = checkpoint_wrapper(layers[0])
     with pytest.raises(UnsupportedModelError, match="fsdp_activation_checkpointing puts blocks into others"):
-        _require_shards_that_come_and_go(model)
+        require_shards_that_come_and_go(model)
 
 
 def test_adapters_that_are_not_trained_are_saved_where_others_are_in_parts(monkeypatch) -> None:
@@ -848,7 +849,7 @@ def test_patience_begins_anew_when_pruning_does(tmp_path: Path) -> None:
 def test_trials_of_a_search_are_refused(tmp_path: Path) -> None:
     run, trial = runs.trainer(tmp_path, None), TrainerState(is_hyper_param_search=True)
     with pytest.raises(UnsupportedModelError, match="hyperparameter_search keeps checkpoints"):
-        _require_what_can_be_followed(run.args, trial, run.model, runs.config())
+        require_what_can_be_followed(run.args, trial, run.model, runs.config())
 
 
 def test_a_batch_size_that_is_found_is_that_of_our_passes_too(tmp_path: Path) -> None:

@@ -124,11 +124,11 @@ def run(arguments: argparse.Namespace) -> int:
     rows = _rows(arguments)
     texts = [_Text.of(name, rows, arguments) for name in names]
     first = names.index(arguments.baseline) if arguments.baseline is not None else 0
-    others = [text for index, text in enumerate(texts) if index != first]
-    if others and (tasks.metrics or any(text.is_as(texts[first]) for text in others)):
+    others = [index for index in range(len(names)) if index != first]
+    if others and (tasks.metrics or any(texts[index].is_as(texts[first]) for index in others)):
         scipy()  # not found missing once all is measured
     models = [_measure(text, tasks, arguments) for text in texts]
-    against = [model for index, model in enumerate(models) if index != first]
+    against = [models[index] for index in others]
     changed = {model.name: differences(models[first], model) for model in against}
     judged = against if arguments.baseline is not None and against else models
     verdicts = [judge(gate, model.name, figures(model), changed.get(model.name)) for gate in gates for model in judged]

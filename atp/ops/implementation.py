@@ -31,7 +31,7 @@ def uses_triton(x: Tensor, impl: str) -> bool:
     if impl == "triton" and not (HAS_TRITON and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
         raise ValueError("impl 'triton' needs the package triton, and a GPU or its interpreter (TRITON_INTERPRET=1)")
     if impl == "auto" and x.is_cuda and HAS_TRITON:
-        return torch.compiler.is_compiling() or _builds(x.device)  # which builds kernels by Triton itself
+        return torch.compiler.is_compiling() or _builds(x.device)  # what is compiled goes by Triton anyway
     return impl == "triton"
 
 

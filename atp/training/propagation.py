@@ -28,7 +28,6 @@ from atp.passes import (
     as_given,
     beside,
     block_calls,
-    evaluating,
     first_output,
     giving,
     inputs_of,
@@ -117,7 +116,7 @@ def follow(
     """Refit `writers` and the MLPs' readers in place, block after block.
 
     Args:
-        attachment: under the masks that are final.
+        attachment: under the masks that are final; its model in evaluation mode.
         writers: writers to refit, the MLPs' among them, by path, and which of their inputs stay, bool,
             `(in_features,)`, or None for all; they hold what they held at first. Those of halves that are switched off
             are passed over.
@@ -128,26 +127,25 @@ def follow(
         quiet: no progress bars.
     """
     lm, blocks = attachment.lm, attachment.space.structure.blocks
-    with evaluating(lm):
-        own = list(dealt(batches))
-        seen = tqdm([one.batch for one in own], desc="atp: rows to refit to", leave=False, disable=quiet)
-        with attachment.opened():
-            modules = [lm.get_submodule(block.path) for block in blocks]
-            sharded = any(is_sharded(p) for module in modules for p in module.parameters())
-            calls, precision = block_calls(modules, forward, seen, to_the_end=sharded)
-        streams = [
-            Stream(one.index, each.hidden, each.hidden, each.of_block, real_tokens(one.batch))
-            for one, each in zip(own, calls, strict=True)
-            if one.counts
-        ]
-        for stream in streams:
-            stream.pruned = attachment.along_stream(stream.dense)
-        if compact:
-            attachment.compact()  # not before: layers copy their kept weights when they first compute
-        with precision():
-            for block in tqdm(blocks, desc="atp: refitting blocks", leave=False, disable=quiet):
-                with gathered(lm.get_submodule(block.path), changes=True):
-                    _follow_block(attachment, block, writers, original, reader_rounds, streams)
+    own = list(dealt(batches))
+    seen = tqdm([one.batch for one in own], desc="atp: rows to refit to", leave=False, disable=quiet)
+    with attachment.opened():
+        modules = [lm.get_submodule(block.path) for block in blocks]
+        sharded = any(is_sharded(p) for module in modules for p in module.parameters())
+        calls, precision = block_calls(modules, forward, seen, to_the_end=sharded)
+    streams = [
+        Stream(one.index, each.hidden, each.hidden, each.of_block, real_tokens(one.batch))
+        for one, each in zip(own, calls, strict=True)
+        if one.counts
+    ]
+    for stream in streams:
+        stream.pruned = attachment.along_stream(stream.dense)
+    if compact:
+        attachment.compact()  # not before: layers copy their kept weights when they first compute
+    with precision():
+        for block in tqdm(blocks, desc="atp: refitting blocks", leave=False, disable=quiet):
+            with gathered(lm.get_submodule(block.path), changes=True):
+                _follow_block(attachment, block, writers, original, reader_rounds, streams)
 
 
 def _follow_block(
