@@ -159,6 +159,31 @@ def test_bench_refuses_before_it_measures(capsys, options, message):
     assert message in refused(capsys, "bench", "infer", *options)
 
 
+def test_bench_compiles_where_asked(base, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **_settings: compiled.append(call) or call)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    argv = [
+        "bench",
+        "infer",
+        "--tokens",
+        "8",
+        "--config",
+        str(base),
+        "--layers",
+        "2",
+        "--round-to",
+        "1",
+        "--calls",
+        "1",
+    ]
+    for options, models, said in (([], 0, "False"), (["--compile"], 4, "True")):
+        assert main([*argv, *options, "--csv", str(tmp_path / "rows.csv")]) == 0
+        assert len(compiled) == models
+        with (tmp_path / "rows.csv").open() as table:
+            assert {row["compile"] for row in csv.DictReader(table)} == {said}
+
+
 def test_bench_refuses_kernels_where_there_are_none(base, capsys):
     options = ("--config", str(base), "--round-to", "1", "--rows", "1", "--length", "4", "--impl", "triton")
     assert "needs the package triton, and a GPU" in refused(capsys, "bench", "train-step", *options)

@@ -3,6 +3,7 @@
 The layer is a pre-norm one with the shapes of a model's first block, cut by a random decision. It leaves out
 attention's scores (what q gives stands in for what attention gives), rotary embeddings and LoRA. Single operations are
 set beside a copy of as many bytes as they must move. Kernels are there where Triton and a GPU are, the rest everywhere.
+On a GPU every case is timed as a CUDA graph, without the host.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from transformers import PreTrainedModel
 
 from atp.bench.copies import mask_at_random, on_the_same_tensors
-from atp.bench.timing import Case
+from atp.bench.timing import Case, captured
 from atp.config import ATPConfig
 from atp.errors import ConfigError, UnsupportedModelError
 from atp.layers import attachment_of
@@ -34,6 +35,10 @@ _BEYOND_CACHES = 256 << 20
 
 _MOST_COPIES = 64
 """Of a layer, for that: a toy's would be many thousands."""
+
+_AT_ONCE = _MOST_COPIES
+"""Times in a row that a GPU does what is timed: an operation there is over before the next is launched. Not fewer than
+copies, so that each is used."""
 
 Boundary = Callable[[Tensor, Tensor, Tensor, Selection | None, Selection | None], tuple[Tensor, Tensor]]
 Gate = Callable[[Tensor, Tensor], Tensor]
@@ -118,13 +123,16 @@ def kernel_cases(model: PreTrainedModel, config: ATPConfig, tokens: int) -> dict
     hidden = model.config.get_text_config().hidden_size
     stream = torch.randn(tokens, hidden, device=like.device, dtype=like.dtype)
     norm = torch.randn(hidden, device=like.device, dtype=like.dtype)
-    return {
+    cases = {
         "layer": _layers(full, stream, norm),
         "add + norm + gather": _boundaries(full, stream, norm),
         "gated product": _gates(full, stream),
         "compaction": _compactions(full),
         "decode, one token": _decodes(full, stream[:1]),
     }
+    if stream.device.type != "cuda":
+        return cases
+    return {name: [captured(case, _AT_ONCE) for case in of_bench] for name, of_bench in cases.items()}
 
 
 def _first_layer(model: PreTrainedModel) -> _Layer:
@@ -234,6 +242,7 @@ def _decodes(full: _Layer, token: Tensor) -> list[Case]:
     limit = compact.parameters / dense.parameters
     cases = [
         case("dense", dense, _decoded_by("eager"), None),
+        _copy_of(compact.parameters, token),
         case("index operations", compact, _decoded_by("eager"), limit),
     ]
     if uses_triton(token, "auto"):

@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm.auto import tqdm
@@ -24,16 +24,18 @@ class Case:
     Attributes:
         call: one timed call.
         limit: the least share of the baseline's time that FLOPs or bytes allow; None where that says nothing.
+        times: how often a call does what is timed.
     """
 
     name: str
     call: Callable[[], object]
     limit: float | None = None
+    times: int = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds a call (median, 20th and 80th percentile), and the share of the baseline's time.
+    """Milliseconds (median, 20th and 80th percentile of calls), and the share of the baseline's time.
 
     `ratio` is the median over rounds of this case's time over the first case's in the same round; `peak_mib` the
     highest memory during its calls, of the GPU or the whole process, with what other cases keep there; None where that
@@ -69,7 +71,7 @@ def interleaved(cases: Sequence[Case], calls: int, warmup_calls: int = 1, quiet:
             for case in cases if index % 2 == 0 else reversed(cases):
                 took, peak = measured(case.call)
                 bar.update()
-                seconds[case.name].append(took)
+                seconds[case.name].append(took / case.times)
                 if peak is not None:
                     peaks[case.name].append(peak)
     baseline = seconds[cases[0].name]
@@ -89,6 +91,24 @@ def ceilings(device: torch.device, dtype: torch.dtype, calls: int = 5) -> dict[s
         "matmul_tflops": 2 * size**3 / matmul.median_ms / 1e9,
         "copy_gb_per_s": 2 * _COPY_BYTES / copied.median_ms / 1e6,
     }
+
+
+def captured(case: Case, times: int) -> Case:
+    """`case` that many times over as one CUDA graph: what the device takes, not what launching takes the host.
+
+    Its call must find the same tensors whenever it is made, on the current device, and not wait for it.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is built, tuned or allocated once is not part of a graph
+        for _ in range(times):
+            case.call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            case.call()
+    return replace(case, call=graph.replay, times=times * case.times)
 
 
 def measured(call: Callable[[], object]) -> tuple[float, float | None]:

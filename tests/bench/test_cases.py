@@ -10,7 +10,7 @@ from atp.bench import export_cases, infer_cases, pruned_copy, train_step_cases
 from atp.config import ATPConfig
 from atp.evaluation import flops_per_token
 from atp.export import export, load
-from tests import runs, tiny
+from tests import families, runs, tiny
 
 
 @pytest.fixture
@@ -116,7 +116,50 @@ def test_inference_is_of_an_export_and_its_limits_are_shares_of_weights(base, sp
             case.call()
 
 
-def test_a_call_of_decoding_begins_where_the_prompt_ends(base):
-    decode = infer_cases(base.eval(), base, tokens=8, written=3)["decode"][0].call
-    decode()
-    assert decode._cache.get_seq_length() == 8
+importing_inductor = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
+
+@importing_inductor
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_call_leaves_the_cache_as_it_found_it(family, compiled, monkeypatch):
+    """Gemma's window is six tokens here."""
+    monkeypatch.setattr(torch, "compile", without_building(torch.compile))
+    base = families.build(family).eval()
+    cases = infer_cases(base, base, tokens=8, written=3, compiled=compiled)
+    for bench, left in (("prefill", 0), ("decode", 8)):
+        call = cases[bench][0].call
+        for _ in range(3):
+            call()
+            assert call._reader._cache.get_seq_length() == left
+
+
+@importing_inductor
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_compiled_models_choose_the_same_tokens(base, space, monkeypatch):
+    built = []
+    monkeypatch.setattr(torch, "compile", without_building(torch.compile, built))
+    pruned = pruned_copy(base, ATPConfig(space=space, sparsity=0.5, round_to=1))
+    chosen = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        call = infer_cases(base.eval(), pruned, tokens=8, written=3, compiled=compiled)["decode"][1].call
+        call()  # what it leaves in the cache counts no more
+        tokens = [call._first]
+        for _ in range(3):
+            tokens.append(call._reader.read(tokens[-1]))
+        chosen.append(torch.cat(tokens, 1))
+    assert torch.equal(*chosen)
+    assert built == [{"mode": "reduce-overhead", "fullgraph": True}] * 4
+
+
+def without_building(compile, asked=None):
+    """`torch.compile` that traces, and computes what it has traced as it is."""
+
+    def traced(call, **settings):
+        if asked is not None:
+            asked.append(settings)
+        torch.compiler.reset()
+        return compile(call, backend="eager", **settings | {"mode": None})
+
+    return traced

@@ -70,7 +70,9 @@ def test_limits_are_the_share_of_weights_that_stay(base, space):
     for bench in ("layer", "decode, one token"):
         dense, *others = cases[bench]
         assert dense.limit is None
-        assert all(case.limit == pytest.approx(left, abs=0.03) for case in others)
+        limits = [case.limit for case in others if not case.name.startswith("copy")]
+        assert limits == pytest.approx([left] * len(limits), abs=0.03)
+        assert limits
     for of_bench in cases.values():
         for case in of_bench:
             case.call()

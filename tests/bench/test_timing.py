@@ -1,11 +1,16 @@
 """Timings. Oracle: a clock that the cases themselves move."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from tqdm.auto import tqdm
 
 from atp.bench import timing
-from atp.bench.timing import Case, interleaved
+from atp.bench.timing import Case, captured, interleaved
 
 
 @pytest.fixture
@@ -38,6 +43,43 @@ def test_a_ratio_is_taken_within_a_round(clock):
     dense = lasting(clock, "dense", 1.0, 1.0, 1.0, 10.0, 10.0)
     pruned = lasting(clock, "pruned", 1.0, 0.6, 0.6, 6.0, 6.0)
     assert interleaved([dense, pruned], calls=4)[1].ratio == pytest.approx(0.6)
+
+
+def test_a_call_that_does_it_often_counts_as_often(clock):
+    dense, pruned = lasting(clock, "dense", *[1.0] * 3), replace(lasting(clock, "pruned", *[2.0] * 3), times=4)
+    dense, pruned = interleaved([dense, pruned], calls=2)
+    assert (pruned.median_ms, pruned.p20_ms, pruned.ratio) == (500.0, 500.0, 0.5)
+
+
+def test_a_graph_does_what_a_case_does_so_many_times(monkeypatch):
+    """CUDA is played: what is called while a graph is captured is put down, and done again by `replay`."""
+    done, graphs = [], []
+
+    class Graph:
+        def __init__(self):
+            self.steps = []
+
+        def replay(self):
+            done.extend(self.steps)
+
+    @contextmanager
+    def capturing(graph):
+        before = len(done)
+        yield
+        graph.steps, done[before:] = done[before:], []
+        graphs.append(graph)
+
+    for name, stand_in in (("Stream", MagicMock()), ("current_stream", MagicMock()), ("stream", MagicMock())):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    weights = cycle("ab")
+    case = captured(Case("decode", lambda: done.append(next(weights)), limit=0.5), times=4)
+    assert done == list("abab")  # warmed up, each weight of them
+    case.call()
+    case.call()
+    assert done == list("abab") * 3
+    assert (len(graphs), case.name, case.limit, case.times) == (1, "decode", 0.5, 4)
 
 
 def test_every_case_has_its_own_highest_peak(clock, monkeypatch):
