@@ -56,6 +56,11 @@ class Attachment:
         for name in _UNLOADING if self._guarded is not None else ():
             setattr(self._guarded, name, _refuse_unloading)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the masks are."""
+        return next(iter(self.masks.values())).device
+
     def set_masks(self, values: Mapping[str, Tensor]) -> None:
         """Write `values` into the masks in place, forgetting their gradients."""
         if self.is_compact:
@@ -146,10 +151,9 @@ class Attachment:
         return self._halves.off(self.masks)
 
     def _copies_fit(self) -> bool:
-        device = next(iter(self.masks.values())).device
         removed = self.space.sparsity(self.decision())
         weights = sum(base_layer(module).weight.nbytes for module in self.modules.values())
-        return copies_fit(device, (1.0 - removed) * weights, removed)
+        return copies_fit(self.device, (1.0 - removed) * weights, removed)
 
     def not_plain(self) -> str | None:
         """Path of a layer that `compact` does not cover, if there is one."""

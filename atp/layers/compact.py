@@ -237,7 +237,7 @@ def compacted(
 def copies_fit(device: torch.device, copies: float, removed: float) -> bool:
     """Whether lasting copies take no more than half of what fewer activations will leave free.
 
-    Those took what lies between now and the highest memory so far; where that is not known, on CPUs, copies do not fit.
+    Those had what the process holds of the GPU and does not use now; on CPUs, where nobody knows, copies do not fit.
 
     Args:
         copies: bytes of all.
@@ -245,7 +245,7 @@ def copies_fit(device: torch.device, copies: float, removed: float) -> bool:
     """
     if device.type != "cuda":
         return False
-    activations = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    activations = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return copies <= removed / 2 * activations
 
 

@@ -65,11 +65,11 @@ def build_space(structure: Structure, name: str, uniform: bool = False, round_to
 def default_round_to(size: int) -> int:
     """Multiples that matrix hardware likes, by width alone, so that every device gives the same model.
 
-    128 from 8,192 on, 64 from 2,048 on, else 1: rounding a narrow model costs more quality than it gains speed.
+    128 from 8,192 on, 64 from 2,048 on: rounding a narrow model as much would cost more quality than it gains speed. 8
+    from 512 on, the least that the matrix units of GPUs want (16 bytes of a 16-bit format); else 1.
     """
-    if size >= 8192:
-        return 128
-    return 64 if size >= 2048 else 1
+    steps = ((8192, 128), (2048, 64), (512, 8))
+    return next((step for least, step in steps if size >= least), 1)
 
 
 class _Axes:

@@ -73,8 +73,7 @@ class DecisionLearner:
             attachment.fuse_adapters()
         if config.impl == "triton":
             _use_kernels(attachment)
-        device = next(iter(attachment.masks.values())).device
-        self.generator = _emitter(config, self.space).to(device)
+        self.generator = _emitter(config, self.space).to(attachment.device)
         self._draw, self._compensation = draw, compensation
         trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
@@ -264,8 +263,18 @@ class DecisionLearner:
             self._compensation.apply(self._first, self.space.full(), final=False)
 
     def _compute_only_kept(self, final: bool) -> None:
-        """Nobody asks what removed groups would have been worth: they need not be computed."""
-        if self.config.impl != "eager":
+        """Nobody asks what removed groups would have been worth: they need not be computed.
+
+        They are where that is faster: a GPU's matrix products want widths that are multiples of 8 at least, which
+        decisions that are not put on the budget know nothing of.
+        """
+        any_widths = (
+            self.attachment.device.type == "cuda"
+            and not final
+            and not self.config.on_budget
+            and self.config.impl != "compact"
+        )
+        if self.config.impl != "eager" and not any_widths:
             self.attachment.compact(final)
 
     def _take_shot(self, final: bool = False) -> None:

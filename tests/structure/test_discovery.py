@@ -68,7 +68,7 @@ def test_removing_one_group_removes_its_rows_and_columns(family, space_name):
 
 
 def test_rounding_defaults_depend_on_width_alone():
-    assert [default_round_to(n) for n in (576, 1536, 2048, 4096, 8191, 8192, 28672)] == [1, 1, 64, 64, 64, 128, 128]
+    assert [default_round_to(n) for n in (511, 512, 1536, 2048, 8191, 8192, 28672)] == [1, 8, 8, 64, 64, 128, 128]
 
 
 def test_rounding_coarser_than_the_widths_is_refused():
