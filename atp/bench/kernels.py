@@ -145,7 +145,7 @@ def _first_layer(model: PreTrainedModel) -> _Layer:
         if axis is None:
             return None
         mask = attachment.masks[axis.set]
-        return Selection.of(mask[axis.owner.to(mask.device)] > 0)
+        return Selection.of(mask[axis.owner_on(mask.device)] > 0)
 
     def of(path: str) -> _Linear:
         weight = attachment.lm.get_submodule(path).weight.detach()

@@ -18,6 +18,8 @@ def add_noise(logits: Mapping[str, Tensor], scale: float, generator: torch.Gener
     Args:
         generator: a private CPU generator, so that every device and every rank draws the same.
     """
+    if scale == 0:
+        return dict(logits)
     noisy = {}
     for name, z in logits.items():
         uniform = torch.rand(z.shape, generator=generator).clamp_(1e-10, 1.0 - 1e-7)

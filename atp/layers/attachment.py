@@ -20,6 +20,7 @@ from atp.models import keep_unpacked
 from atp.ops.selection import Selection
 from atp.structure.live import base_layer, causal_lm, require_unpacked
 from atp.structure.space import MLP, Axis, Space
+from atp.transfers import together
 
 _SLOT = "_atp_attachment"
 _UNLOADING = ("merge_and_unload", "unload")
@@ -65,10 +66,11 @@ class Attachment:
         """Write `values` into the masks in place, forgetting their gradients."""
         if self.is_compact:
             self._put_masks()
+        written = together([values[name] for name in self.masks], self.device)
         with torch.no_grad():
-            for name, leaf in self.masks.items():
-                leaf.copy_(values[name])
-                leaf.grad = None
+            torch._foreach_copy_(list(self.masks.values()), written)
+        for leaf in self.masks.values():
+            leaf.grad = None
 
     def require_gradients(self, wanted: bool) -> None:
         """Whether backward gathers the loss's gradient with respect to the masks."""
@@ -78,9 +80,8 @@ class Attachment:
 
     def decision(self) -> dict[str, Tensor]:
         """A copy of the masks as they stand, on the CPU, in one transfer."""
-        sizes = [len(leaf) for leaf in self.masks.values()]
-        values = torch.cat([leaf.detach() for leaf in self.masks.values()]).cpu()
-        return {name: part.clone() for name, part in zip(self.masks, values.split(sizes), strict=True)}
+        values = together([leaf.detach() for leaf in self.masks.values()], torch.device("cpu"))
+        return {name: value.clone() for name, value in zip(self.masks, values, strict=True)}
 
     def fuse_adapters(self) -> None:
         """Compute LoRA and its base layer as one operation from now on, the same up to rounding, where it is plain."""

@@ -13,8 +13,8 @@ of them are gone that moving the others would cost more.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ from atp.ops import (
 from atp.structure.live import active_adapters, base_layer, is_quantised
 from atp.structure.sharding import is_ordinary, is_sharded
 from atp.structure.space import KV, MLP, Axis, Space
+from atp.transfers import together
 
 WORTH_MOVING = 0.8
 """Residual dimensions are gathered and scattered where no more than this share of them stays."""
@@ -223,11 +224,15 @@ def compacted(
     """
     passed_on = {name for name in _passed_on(space, lm) if masks[name].any()} | fused  # attention cannot have no heads
     shared = shared_inputs(space)
+    weights = {layer.path: base_layer(lm.get_submodule(layer.path)).weight for layer in space.linears}
+    kept = _kept({axis for layer in space.linears for axis in (layer.cols, layer.rows) if axis}, masks, passed_on)
+    there = {device: _on(device, kept) for device in {weight.device for weight in weights.values()}}
     found = {}
     for layer in space.linears:
-        weight = base_layer(lm.get_submodule(layer.path)).weight
-        inputs = _side(layer.cols, masks, passed_on, weight.device, shared.get(layer.path))
-        outputs = _side(layer.rows, masks, passed_on, weight.device)
+        weight = weights[layer.path]
+        inputs, outputs = (there[weight.device].get(axis) for axis in (layer.cols, layer.rows))
+        if inputs is not None and layer.path in shared:
+            inputs = replace(inputs, shared=shared[layer.path])
         if inputs is not None or outputs is not None:
             passing = is_sharded(weight)
             found[layer.path] = CompactLinear(inputs, outputs, lasting and not passing, passing)
@@ -281,21 +286,31 @@ def _passed_on(space: Space, lm: nn.Module) -> set[str]:
     return inside - fixed
 
 
-def _side(
-    axis: Axis | None,
-    masks: Mapping[str, Tensor],
-    passed_on: set[str],
-    device: torch.device,
-    shared: Shared | None = None,
-) -> Side | None:
-    """The kept features of `axis`, or None where all are."""
-    if axis is None or (masks[axis.set] > 0).all():
-        return None
-    keep = masks[axis.set][axis.owner.cpu()] > 0
-    inside = axis.set in passed_on
-    leave_out = inside or keep.float().mean() <= WORTH_MOVING
-    selection = Selection.of(keep).to(device) if leave_out else None  # counting on a GPU would wait for it
-    return Side(keep.to(device), selection, inside, shared or Shared())
+def _kept(axes: Iterable[Axis], masks: Mapping[str, Tensor], passed_on: set[str]) -> dict[Axis, Side]:
+    """Of axes that lose features those that stay, on the CPU: counting on a GPU would wait for it."""
+    sides = {}
+    for axis in axes:
+        if (masks[axis.set] > 0).all():
+            continue
+        keep = masks[axis.set][axis.owner] > 0
+        inside = axis.set in passed_on
+        leave_out = inside or keep.float().mean() <= WORTH_MOVING
+        sides[axis] = Side(keep, Selection.of(keep) if leave_out else None, inside)
+    return sides
+
+
+def _on(device: torch.device, kept: Mapping[Axis, Side]) -> dict[Axis | None, Side]:
+    """The same, there; nothing of no axis."""
+    selections = [side.selection for side in kept.values() if side.selection is not None]
+    keeps = together([side.keep for side in kept.values()], device)
+    indices, positions = (
+        iter(together([getattr(s, name) for s in selections], device)) for name in ("index", "position")
+    )
+    moved: dict[Axis | None, Side] = {}
+    for (axis, side), keep in zip(kept.items(), keeps, strict=True):
+        selection = None if side.selection is None else Selection(next(indices), next(positions))
+        moved[axis] = Side(keep, selection, side.passed_on)
+    return moved
 
 
 def _is_looked_into(module: Any) -> bool:

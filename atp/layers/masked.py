@@ -32,7 +32,7 @@ class AxisMask:
     @classmethod
     def of(cls, axis: Axis, leaf: Tensor, shared: Shared | None = None) -> "AxisMask":
         """The mask of `axis`, living on the leaf's device."""
-        return cls(leaf, None if axis.is_identity else axis.owner.to(leaf.device), shared or Shared())
+        return cls(leaf, None if axis.is_identity else axis.owner_on(leaf.device), shared or Shared())
 
     def apply(self, x: Tensor) -> Tensor:
         """`x * mask` along the last dimension, as `masked` gives it."""

@@ -78,6 +78,7 @@ class _Axes:
     def __init__(self, structure: Structure, parts: tuple[str, ...], uniform: bool, round_to: int | None) -> None:
         self.structure, self.parts, self.uniform, self.round_to = structure, parts, uniform, round_to
         self._sets: dict[str, GroupSet] = {}
+        self._made: dict[str, list[Axis]] = {}
 
     @cached_property
     def stream(self) -> Axis:
@@ -90,17 +91,21 @@ class _Axes:
         if "width" in self.parts and step > 1:  # of whatever heads are left, where the result is plain
             step = math.lcm(step, *(n * queries for n in kv_heads))
         counts = tuple(n for n in self.multiples(HIDDEN, size, "the model") if n % step == 0)
-        name = self.add(GroupSet(HIDDEN, None, HIDDEN, size, counts))
-        return Axis(name, torch.arange(size), 1)
+        return self.axis(GroupSet(HIDDEN, None, HIDDEN, size, counts), torch.arange(size), 1)
 
     def of(self, block: Block) -> "_BlockAxes":
         """Those of one block."""
         return _BlockAxes(self, block)
 
-    def add(self, group_set: GroupSet) -> str:
-        """Know of a set; its name."""
+    def axis(self, group_set: GroupSet, owner: Tensor, units: int) -> Axis:
+        """The axis of these owners, one for all layers that have it; makes the set known."""
         self._sets.setdefault(group_set.name, group_set)
-        return group_set.name
+        alike = self._made.setdefault(group_set.name, [])
+        found = next((axis for axis in alike if torch.equal(axis.owner, owner)), None)
+        if found is None:
+            found = Axis(group_set.name, owner, units)
+            alike.append(found)
+        return found
 
     def sets(self) -> list[GroupSet]:
         """All sets, those of the whole model first, then block by block in the order of `KINDS`."""
@@ -132,21 +137,21 @@ class _BlockAxes:
     def residual(self, kind: str) -> Axis:
         """Residual dimensions as one half of this block reads or writes them."""
         size = self._model.structure.hidden_size
-        return Axis(self._set(kind, size, self._multiples(kind, size)), torch.arange(size), 1)
+        return self._axis(kind, size, self._multiples(kind, size), torch.arange(size), 1)
 
     def switch(self, kind: str, linear: Linear) -> Axis | None:
         """All outputs of `linear`, under the switch of its half. The first block stays: a model has one at least."""
         if not self.has("depth"):
             return None
         counts = (1,) if self._block.index == 0 else (0, 1)
-        name = self._set(WHOLE_BLOCK if self._model.uniform else kind, 1, counts)
-        return Axis(name, torch.zeros(linear.out_features, dtype=torch.long), linear.out_features)
+        owner = torch.zeros(linear.out_features, dtype=torch.long)
+        return self._axis(WHOLE_BLOCK if self._model.uniform else kind, 1, counts, owner, linear.out_features)
 
     def channels(self, times: int = 1) -> Axis:
         """Channels of the MLP, `times` over."""
         size = self._block.mlp.intermediate_size
         owner = torch.arange(size).repeat(times)
-        return Axis(self._set(MLP, size, self._multiples(MLP, size)), owner, times)
+        return self._axis(MLP, size, self._multiples(MLP, size), owner, times)
 
     def heads(self, linear: Linear) -> Axis:
         """Rows of a query/key/value projection, or columns of the attention writer (`packs` empty)."""
@@ -154,11 +159,11 @@ class _BlockAxes:
         size = attention.num_kv_heads
         counts = self._model.structure.plain_kv_heads if self._model.uniform else tuple(range(1, size + 1))
         owner = _head_owner(attention, linear)
-        return Axis(self._set(KV, size, counts), owner, len(owner) // size)
+        return self._axis(KV, size, counts, owner, len(owner) // size)
 
-    def _set(self, kind: str, size: int, counts: tuple[int, ...]) -> str:
+    def _axis(self, kind: str, size: int, counts: tuple[int, ...], owner: Tensor, units: int) -> Axis:
         index = self._block.index
-        return self._model.add(GroupSet(f"{index}.{kind}", index, kind, size, counts))
+        return self._model.axis(GroupSet(f"{index}.{kind}", index, kind, size, counts), owner, units)
 
     def _multiples(self, kind: str, size: int) -> tuple[int, ...]:
         return self._model.multiples(kind, size, f"block {self._block.index}")

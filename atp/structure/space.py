@@ -53,6 +53,13 @@ class Axis:
     set: str
     owner: Tensor
     units: int
+    _there: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def owner_on(self, device: torch.device) -> Tensor:
+        """`owner` on a device, brought there once."""
+        if device not in self._there:
+            self._there[device] = self.owner.to(device)
+        return self._there[device]
 
     @cached_property
     def is_identity(self) -> bool:

@@ -26,9 +26,10 @@ from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
 from atp.training.compensation import Compensation
 from atp.training.losses import budget_loss
-from atp.training.proximal import proximal_step
+from atp.training.proximal import proximal_step, pruned_share
 from atp.training.schedule import Schedule
 from atp.training.state import under
+from atp.transfers import together
 
 Masks = dict[str, Tensor]
 
@@ -73,7 +74,8 @@ class DecisionLearner:
             attachment.fuse_adapters()
         if config.impl == "triton":
             _use_kernels(attachment)
-        self.generator = _emitter(config, self.space).to(attachment.device)
+        self.generator = _emitter(config, self.space)  # small, and wanted where decisions are put on the budget
+        self._on_gpu = attachment.device.type == "cuda"
         self._draw, self._compensation = draw, compensation
         trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
@@ -164,7 +166,8 @@ class DecisionLearner:
         if self.frozen:
             return
         masks = {name: leaf.detach() for name, leaf in self.attachment.masks.items()}
-        proximal_step(self.space, self.attachment.modules, masks, learning_rate, self.schedule.lasso(self.step))
+        rho, beta = pruned_share(self.space, self._decision), self.schedule.lasso(self.step)
+        proximal_step(self.space, self.attachment.modules, masks, rho, learning_rate, beta)
 
     def freeze(self) -> None:
         """Make the noise-free decision on budget final; a criterion decides by the weights as they are now."""
@@ -208,8 +211,8 @@ class DecisionLearner:
         decision = self.decision(final=True)
         shares = {}
         for kind in self.space.kinds:
-            first = torch.cat([self._first[s.name].cpu() == 0 for s in self.space.sets if s.kind == kind])
-            now = torch.cat([decision[s.name].cpu() == 0 for s in self.space.sets if s.kind == kind])
+            first = torch.cat([self._first[s.name] == 0 for s in self.space.sets if s.kind == kind])
+            now = torch.cat([decision[s.name] == 0 for s in self.space.sets if s.kind == kind])
             shares[kind] = (first & now).sum().item() / first.sum().item() if first.any() else 1.0
         return shares
 
@@ -268,12 +271,7 @@ class DecisionLearner:
         They are where that is faster: a GPU's matrix products want widths that are multiples of 8 at least, which
         decisions that are not put on the budget know nothing of.
         """
-        any_widths = (
-            self.attachment.device.type == "cuda"
-            and not final
-            and not self.config.on_budget
-            and self.config.impl != "compact"
-        )
+        any_widths = self._on_gpu and not final and not self.config.on_budget and self.config.impl != "compact"
         if self.config.impl != "eager" and not any_widths:
             self.attachment.compact(final)
 
@@ -285,7 +283,7 @@ class DecisionLearner:
         left = self.attachment.decision()
         if self.step > 0:
             self._set_start()
-        logits = {k: torch.where(left[k] > 0, z.cpu(), z.cpu() - GONE) for k, z in self.generator().items()}
+        logits = {k: torch.where(left[k] > 0, z, z - GONE) for k, z in self.generator().items()}
         decision = project(logits, self.space, sparsity)
         self._compensation.apply(decision, left, final)
         self.attachment.set_masks(decision)
@@ -313,6 +311,7 @@ class DecisionLearner:
         assert self._noisy is not None
         soft = soften(self._noisy, self._temperature)
         present = averaged({k: g for k, g in gradients.items() if g is not None})
+        present = dict(zip(present, together(list(present.values()), torch.device("cpu")), strict=True))
         task = torch.stack([(soft[k] * g).sum() for k, g in present.items()]).sum()
         if not task.isfinite():  # the same on all processes
             self._noisy = None
@@ -325,7 +324,7 @@ class DecisionLearner:
         masks = straight_through(threshold(self._noisy), soft)
         budget = budget_loss(masks, self.space, self.schedule.sparsity(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        (task + self.config.budget_weight * budget.to(task.device)).backward()
+        (task + self.config.budget_weight * budget).backward()
         self.optimizer.step()
         self.metrics["budget_loss"] = budget.item()
         self._noisy = None

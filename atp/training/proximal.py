@@ -17,19 +17,25 @@ from atp.structure.space import Axis, Space
 
 @torch.no_grad()
 def proximal_step(
-    space: Space, modules: Mapping[str, nn.Module], masks: Mapping[str, Tensor], learning_rate: float, beta: float
+    space: Space,
+    modules: Mapping[str, nn.Module],
+    masks: Mapping[str, Tensor],
+    rho: Mapping[str, float],
+    learning_rate: float,
+    beta: float,
 ) -> None:
     """Shrink the LoRA weights of every pruned group in place.
 
     Args:
         modules: live layers by path; those without LoRA are passed over.
-        masks: the hard decision, `(size,)` per set.
+        masks: the hard decision, `(size,)` per set, where layers compute.
+        rho: `pruned_share` of that decision.
         learning_rate: eta of this optimizer step.
         beta: beta_t.
     """
-    if beta == 0 or learning_rate == 0:
+    strength = {kind: learning_rate * beta * share for kind, share in rho.items()}
+    if not any(strength.values()):
         return
-    strength = {kind: learning_rate * beta * rho for kind, rho in pruned_share(space, masks).items()}
     kind_of = {s.name: s.kind for s in space.sets}
     owned = list(_owned(space, modules))
     squares = [_squares(parameter, dim, axis, len(masks[axis.set])) for parameter, dim, axis in owned]
@@ -38,7 +44,7 @@ def proximal_step(
     for (parameter, dim, axis), found in zip(owned, squares, strict=True):
         factor = (1.0 - strength[kind_of[axis.set]] / found.sqrt().clamp_min(1e-12)).clamp_min(0.0)
         factor = torch.where(masks[axis.set].to(factor.device) > 0, torch.ones_like(factor), factor)
-        scale(parameter, factor[axis.owner.to(factor.device)].unsqueeze(1 - dim).expand(shape_of(parameter)))
+        scale(parameter, factor[axis.owner_on(factor.device)].unsqueeze(1 - dim).expand(shape_of(parameter)))
 
 
 @torch.no_grad()
@@ -94,7 +100,7 @@ def pruned_share(space: Space, masks: Mapping[str, Tensor]) -> dict[str, float]:
 def _squares(parameter: Tensor, dim: int, axis: Axis, groups: int) -> Tensor:
     """Sum of squares of each group's weights, `(groups,)`: this process's summand, where it holds a part of them."""
     own = own_values(parameter).float().square()
-    owner, found = axis.owner.to(own.device), torch.zeros(groups, device=own.device)
+    owner, found = axis.owner_on(own.device), torch.zeros(groups, device=own.device)
     if is_sharded(parameter):
         owner = part(parameter, owner.unsqueeze(1 - dim).expand(shape_of(parameter))).flatten()[: own.numel()]
         return found.index_add_(0, owner, own.flatten()) / replicas_of(parameter)

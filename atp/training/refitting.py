@@ -97,7 +97,7 @@ class KeptMLP:
             device = base_layer(attachment.modules[path]).weight.device
             if axis is None:
                 return torch.ones(features, device=device)
-            return attachment.masks[axis.set].detach().to(device)[axis.owner.to(device)]
+            return attachment.masks[axis.set].detach().to(device)[axis.owner_on(device)]
 
         readers = []
         for reader in mlp.readers:

@@ -7,7 +7,7 @@ import torch
 
 from atp.errors import DivergedError, UnsupportedModelError
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
-from atp.layers import Attachment, attach
+from atp.layers import attach
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.training.compensation import Compensation
@@ -103,11 +103,10 @@ def test_only_kept_is_computed_where_no_gradient_of_a_mask_is_asked_for(settings
     ("settings", "compact"),
     [({}, True), ({"on_budget": False}, False), ({"on_budget": False, "impl": "compact"}, True)],
 )
-def test_a_gpu_computes_only_kept_where_widths_suit_it(settings, compact, monkeypatch) -> None:
+def test_a_gpu_computes_only_kept_where_widths_suit_it(settings, compact) -> None:
     """The final decision is always on budget."""
     made = learner(mode="alternating", **settings)
-    monkeypatch.setattr(Attachment, "device", torch.device("cuda"))
-    monkeypatch.setattr(Attachment, "_copies_fit", lambda _: False)
+    made._on_gpu = True
     made.begin_step(0)
     assert made.attachment.is_compact is compact
     made.freeze()

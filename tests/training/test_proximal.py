@@ -26,8 +26,8 @@ def test_pruned_groups_shrink_by_the_equation_and_kept_ones_stay(name: str) -> N
         path: (m.lora_A["default"].weight.clone(), m.lora_B["default"].weight.clone()) for path, m in modules.items()
     }
     eta, beta = 0.01, 3.0
-    proximal_step(space, modules, masks, eta, beta)
     rho = pruned_share(space, masks)
+    proximal_step(space, modules, masks, rho, eta, beta)
     assert sum(rho.values()) == pytest.approx(1.0)
     kinds = {s.name: s.kind for s in space.sets}
     shrunk = 0
@@ -50,7 +50,7 @@ def test_nothing_pruned_nothing_shrunk() -> None:
     space = build_space(discover(model), "width", round_to=1)
     modules = {linear.path: causal_lm(model).get_submodule(linear.path) for linear in space.linears}
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    proximal_step(space, modules, space.full(), 0.01, 3.0)
+    proximal_step(space, modules, space.full(), pruned_share(space, space.full()), 0.01, 3.0)
     assert runs.same(before, dict(model.state_dict()))
     assert set(pruned_share(space, space.full()).values()) == {0.0}
 
