@@ -356,19 +356,18 @@ class ATPCallback(TrainerCallback):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no LoRA: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
             )
-        config = self.config
+        config, lm = self.config, causal_lm(model)
+        if trained_whole := _trained_whole(lm):
+            raise UnsupportedModelError(
+                f"{trained_whole} is trained whole (modules_to_save) and would lose parts: leave it to target_modules"
+            )
         space = build_space(discover(model), config.space, config.uniform, config.round_to)
         target_parameters(space, config.sparsity)
-        lm, paths = causal_lm(model), [linear.path for linear in space.linears]
+        paths = [linear.path for linear in space.linears]
         if not any(isinstance(lm.get_submodule(path), LoraLayer) for path in paths):
             raise UnsupportedModelError(
                 "LoRA is on none of the linear layers to be pruned: give LoraConfig target_modules such as "
                 f"'all-linear' (they are {', '.join(sorted({path.rsplit('.', 1)[-1] for path in paths}))})"
-            )
-        if trained_whole := [path for path in paths if isinstance(lm.get_submodule(path), AuxiliaryTrainingWrapper)]:
-            raise UnsupportedModelError(
-                f"{trained_whole[0]} is trained whole (modules_to_save) and would lose parts: leave it to "
-                "target_modules"
             )
         if config.export:
             require_mergeable(lm)
@@ -448,10 +447,9 @@ class ATPCallback(TrainerCallback):
 
     def _resumed_from(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self._resume_from or args.resume_from_checkpoint
-        if isinstance(given, str | Path) and given:
-            return Path(given)
-        found = _checkpoint(args, state)
-        if not found.is_dir():
+        named = isinstance(given, str | Path) and bool(given)
+        found = Path(given) if named else _checkpoint(args, state)
+        if not named and not found.is_dir():
             raise CheckpointError(
                 f"{found} is not there: where the run goes on from another folder, name that one in "
                 "ATPCallback(resume_from_checkpoint=...) too"
@@ -533,6 +531,18 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
     attachment.set_masks(masks)
     load_compensated(attachment, under(tensors, COMPENSATED))
     return attachment
+
+
+def _trained_whole(lm: Any) -> str | None:
+    """Path of something with matrices, other than embedding and head, that an adapter holds a copy of."""
+    wrappers = {path: module for path, module in lm.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    spared = {id(lm.get_input_embeddings()), id(lm.get_output_embeddings())}
+    with_matrices = (
+        path
+        for path, module in wrappers.items()
+        if id(module) not in spared and any(p.dim() > 1 for p in module.parameters())
+    )
+    return next(with_matrices, None)
 
 
 def _batch_size(loader: DataLoader, args: TrainingArguments) -> int:

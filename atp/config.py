@@ -50,7 +50,7 @@ class ATPConfig:
         uniform: give every block the same widths (each still chooses which dimensions), and let whole blocks go in
             `depth`: the result is then a plain Hugging Face folder. Not in `disp`; `hidden` is plain as it is.
         round_to: kept widths are multiples of this, KV groups apart; `None` takes 128 for widths from 8,192 on, 64 from
-            2,048 on, 8 from 512 on, else 1.
+            2,048 on, 16 from 512 on, else 1.
 
     How decisions are learned:
         decision: `"generator"` learns them; `"criterion"` trains densely until `freeze_at` and then takes what `init`

@@ -1,5 +1,6 @@
 """Folders and files that are complete or absent: written beside their place, then renamed into it."""
 
+import io
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 
@@ -124,10 +125,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     target, place = Path(path), Path(path).resolve()
     try:
         if name := STREAMS.get(str(path)):
-            stream = getattr(sys, name)
-            stream.flush()
-            with open(os.dup(stream.fileno()), "wb") as file:
-                file.write(content)
+            _write_to_stream(getattr(sys, name), content)
             return
         if target.exists() and not target.is_file():  # such as /dev/null
             target.write_bytes(content)
@@ -144,6 +142,18 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except OSError as error:
         Path(beside).unlink(missing_ok=True)
         raise ATPError(f"{target}: cannot be written: {error.strerror}: free space or choose another path") from None
+
+
+def _write_to_stream(stream: TextIO, content: bytes) -> None:
+    """What a stream has not written yet, then `content`."""
+    stream.flush()
+    try:
+        descriptor = os.dup(stream.fileno())
+    except io.UnsupportedOperation:  # one that is captured
+        stream.write(content.decode("utf-8"))
+        return
+    with open(descriptor, "wb") as file:
+        file.write(content)
 
 
 def _take_place(fresh: Path, out: Path, aside: Path) -> None:

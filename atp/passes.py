@@ -48,7 +48,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Within it modules are in evaluation mode, but for those that checkpoint: in that mode they would save no memory.
+    """Within it modules are in evaluation mode, but for those that would need more memory there: the causal LM itself
+    (Liger makes no logits in training) and modules that checkpoint.
 
     Not dropout modules alone go by it: attention, embeddings, NEFTune. Between steps a model is in either mode: an
     evaluation leaves the other one behind. Backward passes belong inside, for what checkpointing computes again must
@@ -56,7 +57,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     """
     with modes_kept(model):
         for module in model.modules():
-            module.training = isinstance(module, GradientCheckpointingLayer)
+            module.training = module is model or isinstance(module, GradientCheckpointingLayer)
         yield
 
 

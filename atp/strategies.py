@@ -39,8 +39,9 @@ CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     "taylor": _UNIFORM,
     "taylor2": _UNIFORM,
     "random": _UNIFORM,
-    # FLAP (arXiv 2312.11983) standardises scores inside each block and kind, ranks over the whole model, and puts the
-    # mean of what is lost into a bias.
+    # FLAP (arXiv 2312.11983) standardises features' scores inside each layer, ranks their means over the whole model,
+    # and puts the mean of what is lost into a bias. Its authors leave no block whole; here the first and the last are
+    # (`protect` at its default), which is better on SmolLM2-135M.
     "flap": {"init_ranking": "standard", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "bias"},
 }
 """What each criterion changes, as its authors run it; a criterion that is not here runs with `ATPConfig`'s defaults."""

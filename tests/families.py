@@ -101,10 +101,14 @@ def with_lora(model: PreTrainedModel, seed: int = 1, **changes: object) -> PeftM
     return tuned.eval()
 
 
-def checkpoint(model: torch.nn.Module, use_reentrant: bool = False) -> None:
-    """Switch activation checkpointing on, by the only name that transformers has for it from 5.17 on."""
+def checkpoint(model: torch.nn.Module, use_reentrant: bool | None = False) -> None:
+    """Switch activation checkpointing on, by the only name that transformers has for it from 5.17 on.
+
+    Args:
+        use_reentrant: nothing is said of it if None.
+    """
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
-        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.gradient_checkpointing_enable({} if use_reentrant is None else {"use_reentrant": use_reentrant})
 
 
 def padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -813,9 +813,10 @@ def test_settings_that_are_no_config_are_refused_at_once() -> None:
 
 @pytest.mark.parametrize("export", [True, False])
 def test_layers_that_are_trained_whole_and_would_lose_parts_are_refused_before_training(export, tmp_path: Path) -> None:
-    model = runs.peft_model(target_modules=["q_proj", "gate_proj"], modules_to_save=["down_proj"])
-    with pytest.raises(UnsupportedModelError, match=r"down_proj is trained whole \(modules_to_save\)"):
-        runs.trainer(tmp_path, runs.config(export=export), model=model).train()
+    for whole in ("down_proj", "mlp"):
+        model = runs.peft_model(target_modules=["q_proj"], modules_to_save=[whole])
+        with pytest.raises(UnsupportedModelError, match=rf"{whole} is trained whole \(modules_to_save\)"):
+            runs.trainer(tmp_path, runs.config(export=export), model=model).train()
     assert not (tmp_path / "journal.jsonl").exists()
 
 
@@ -875,9 +876,11 @@ def test_a_run_resumed_with_smaller_batches_has_them_in_our_passes_too(tmp_path:
     assert max(rows) == 2
 
 
-def test_a_model_that_was_asked_itself_for_reentrant_checkpointing_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_reentrant", [True, None])
+def test_a_model_that_was_asked_itself_for_reentrant_checkpointing_is_refused(use_reentrant, tmp_path: Path) -> None:
+    """PyTorch's default, as which PEFT's `prepare_model_for_kbit_training` asks for it."""
     model = runs.peft_model()
-    families.checkpoint(model, use_reentrant=True)
+    families.checkpoint(model, use_reentrant)
     with pytest.raises(UnsupportedModelError, match="use_reentrant=True hides gradients that pruning measures"):
         runs.trainer(tmp_path, runs.config(), model=model).train()
 
@@ -948,6 +951,9 @@ def test_another_runs_checkpoint_of_the_same_step_is_not_gone_on_with(tmp_path: 
     checkpoint = str(tmp_path / "a" / "checkpoint-4")
     with pytest.raises(CheckpointError, match="is of another run than the one that is resumed"):
         runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
+    mixed = ATPCallback(runs.config(), resume_from_checkpoint=tmp_path / "b" / "checkpoint-4", report=False)
+    with pytest.raises(CheckpointError, match="is of another run than the one that is resumed"):
+        runs.trainer(tmp_path / "c", mixed).train(resume_from_checkpoint=checkpoint)
     callback = ATPCallback(runs.config(), resume_from_checkpoint=checkpoint, report=False)
     assert runs.trainer(tmp_path / "b", callback).train(resume_from_checkpoint=checkpoint).global_step == runs.STEPS
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -604,6 +606,14 @@ def test_results_on_standard_output_stand_among_what_else_is_printed(base, tmp_p
         assert subprocess.run(words, stdout=printed, check=False).returncode == 0
     found = (tmp_path / "printed").read_text()
     assert "prunable" in found[: found.index('"prunable_parameters"')], "the table before it"
+    assert json.loads(found[found.index("\n{") :])["parameters"] > 0
+
+
+def test_results_on_a_standard_output_that_is_captured_are_among_what_is_printed(base):
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main(["inspect", str(base), "--json", "/dev/stdout"]) == 0
+    found = printed.getvalue()
     assert json.loads(found[found.index("\n{") :])["parameters"] > 0
 
 

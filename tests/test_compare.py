@@ -106,6 +106,8 @@ def faked(started, monkeypatch):
                 "validation": {"nll": 1.0, "perplexity": 2.718},
                 "versions": {},
             }
+            if yaml.safe_load((log.parent / "recipe.yaml").read_text())["data"].get("tasks"):
+                metrics["tasks"] = {"finding": {"metric": "acc", "value": 0.5}}
             (log.parent / "final").mkdir(exist_ok=True)
             (log.parent / "metrics.json").write_text(json.dumps(metrics))
         return outcome
@@ -494,13 +496,16 @@ def test_a_folder_whose_name_looks_like_markup_is_shown_as_it_is(command, faked,
     assert f"({tmp_path / folder / 'runs' / 'atp-0.4-seed0' / 'train.log'})" in screen.getvalue()
 
 
-def test_a_run_that_could_not_be_measured_is_a_failed_run(command, faked, monkeypatch, tmp_path):
+@pytest.mark.parametrize("missing", ["validation", "tasks"])
+def test_a_run_that_could_not_be_measured_is_a_failed_run(recipe, command, faked, monkeypatch, tmp_path, missing):
     launch = child.launch
+    if missing == "tasks":
+        recipe["data"]["tasks"] = {"finding": str(tiny.jsonl(tmp_path / "task.jsonl", range(140, 144)))}
 
     def unmeasured(arguments, log, jobs=1):
         status = launch(arguments, log, jobs)
         metrics = json.loads((log.parent / "metrics.json").read_text())
-        del metrics["validation"], metrics["pruned"]
+        metrics.pop(missing)
         (log.parent / "metrics.json").write_text(json.dumps(metrics))
         return status
 

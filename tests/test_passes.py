@@ -37,6 +37,13 @@ def test_a_model_is_evaluated_as_a_whole() -> None:
         assert not any(modes(model))
 
 
+def test_without_dropout_the_model_itself_makes_what_it_makes_in_training() -> None:
+    """Liger makes no logits then."""
+    model = mixed()
+    with without_dropout(model):
+        assert modes(model) == [True, *[False] * 6]
+
+
 def test_without_dropout_checkpointing_still_computes_again() -> None:
     model = families.build("llama")
     families.checkpoint(model)

@@ -113,7 +113,8 @@ def _check_out(out: Path, arguments: argparse.Namespace) -> None:
     for read in (arguments.prompts, arguments.real, *arguments.disjoint_from):
         if read and Path(read).resolve() == out.resolve():
             raise ConfigError(f"{out} is read, too, and would be replaced: choose another name")
-    check_place(out.resolve().parent)
+    for place in (out.absolute(), out.resolve()):  # what says how, and the rows themselves
+        check_place(place.parent)
 
 
 def _mix(arguments: argparse.Namespace) -> Mix:

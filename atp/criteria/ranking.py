@@ -1,11 +1,13 @@
 """Ranking: raw scores of any scale -> comparable values that `budget.project` can cut at one level.
 
-`block`   each group's percentile within its own set, so that every block loses the same share (the fair two-stage
-          rival: activation-weighted, uniform per block, first and last blocks left whole); attentions and MLPs as a
-          whole, each a set of one, among themselves, by score per parameter.
+`block`   each group's place within its own set, so that every block loses the same share (the fair two-stage
+          rival: activation-weighted, uniform per block, first and last blocks left whole), of few large groups rather
+          less than more: Wanda's, FLAP's and LLM-Pruner's authors round the number of heads to go down; attentions and
+          MLPs as a whole, each a set of one, among themselves, by score per parameter.
 `global`  the score per parameter that the group holds, over the whole model; with a tilt, times exp(tilt * x), x from
           -1 in the first block to 1 in the last; with a floor, the best groups of every set are pruned last.
-`standard`  z-scores within the set, compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
+`standard`  scores as they come, which are to be z-scores: of features where the criterion has them (`scores`), else of
+          groups within their set (`standardised`), compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
 
 import math
@@ -34,7 +36,7 @@ def rank(
     tilt: float = 0.0,
     floor: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Values in (0, 1), `(size,)` per set; what is protected lies in (1, 2) and so is pruned last.
+    """Values in (0, 1], `(size,)` per set; what is protected lies in (1, 2] and so is pruned last.
 
     Args:
         how: `"block"`, `"global"` or `"standard"`.
@@ -45,9 +47,9 @@ def rank(
     blocks = len(space.structure.blocks)
     first, last = protect
     if how == "block":
-        ranked = {s.name: _percentiles(scores[s.name]) for s in space.sets} | _switches(scores, space, _percentiles)
+        ranked = {s.name: _shares_below(scores[s.name]) for s in space.sets} | _switches(scores, space, _percentiles)
     else:
-        ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else _standardised(scores, space))
+        ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else scores)
     for s in space.sets:
         if s.block is not None and (s.block < first or s.block >= blocks - last):
             ranked[s.name] = 1.0 + ranked[s.name]
@@ -80,6 +82,11 @@ def _percentiles(values: Tensor) -> Tensor:
     return (order + 0.5) / len(values)
 
 
+def _shares_below(values: Tensor) -> Tensor:
+    """The share of a set that is gone once a group is: pruned up to a share, a set loses no more than that."""
+    return (torch.argsort(torch.argsort(values, stable=True), stable=True) + 1.0) / len(values)
+
+
 def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     joined = _percentiles(torch.cat(list(values.values())))
     return dict(zip(values, joined.split([len(v) for v in values.values()]), strict=True))
@@ -94,12 +101,18 @@ def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float) -> d
     }
 
 
-def _standardised(scores: Mapping[str, Tensor], space: Space) -> dict[str, Tensor]:
-    """Mean 0 and standard deviation 1 within each set; a set whose scores are all alike is all zeros."""
-    return {s.name: _z_scores(scores[s.name]) for s in space.sets} | _switches(scores, space, _z_scores)
+def standardised(scores: Mapping[str, Tensor], space: Space, by_group: bool = True) -> dict[str, Tensor]:
+    """Scores for `standard`: mean 0 and standard deviation 1 within each set, where they are not so by feature.
+
+    Args:
+        by_group: whether they are raw scores of groups; attentions and MLPs as a whole are raw in any case.
+    """
+    values = {s.name: z_scores(scores[s.name]) if by_group else scores[s.name] for s in space.sets}
+    return values | _switches(scores, space, z_scores)
 
 
-def _z_scores(values: Tensor) -> Tensor:
+def z_scores(values: Tensor) -> Tensor:
+    """`values` less their mean, over their standard deviation; zeros where all are alike."""
     centred = values - values.mean()
     return centred / centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
 

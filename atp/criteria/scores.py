@@ -1,53 +1,67 @@
 """Criteria: one score per group, higher is more worth keeping.
 
 activation  sum over a group's weights of |W_ij| * ||x_j||  (Wanda, arXiv 2306.11695, summed over the group)
-flap        sum over a group's weights of W_ij^2 * var(x_j)  (FLAP, arXiv 2312.11983: what a bias cannot make up for)
+flap        sum over a group's weights of W_ij^2 * var(x_j)  (FLAP, arXiv 2312.11983: what a bias cannot make up for);
+            of attention its square, where features are standardised, as in the authors' code
 surgeon     what the loss rises by when groups go one after the other and the rest of the layer is refitted (optimal
             brain surgeon with K-FAC curvature, see `surgeon.py`); where nothing can make up for it, for written
             dimensions mean(d^2) mean(y^2) / 2, for attentions and MLPs as a whole tr(mean(d dᵀ) mean(y yᵀ)) / 2, for
             dimensions of the whole stream the sum of what each reader loses
 magnitude   sum over a group's weights of |W_ij|
-taylor      |g|, g = dL/dm of the group's mask at m = 1, averaged over batches (LLM-Pruner, arXiv 2305.11627)
+taylor      |g|, g = dL/dm of the group's mask at m = 1, averaged over batches (LLM-Pruner, arXiv 2305.11627, by group
+            as a whole; its authors' code by default adds up |w dL/dw| weight by weight)
 taylor2     |mean(g) - mean(g^2) / 2|: the second-order expansion of L(m = 1) - L(m = 0) with the Fisher diagonal in
-            place of the Hessian's (LLM-Pruner)
+            place of the Hessian's (LLM-Pruner, likewise)
 random      uniform
 
 Weights are read at the columns of layers that consume a group, where any do, else at the rows of those that write it.
+`magnitude`, `activation` and `flap` can give z-scores of features, taken in each layer by itself and averaged over what
+a group owns (FLAP's "AL-AM").
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from atp.criteria.ranking import z_scores
 from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
 from atp.criteria.surgeon import removal_costs, square_root
 from atp.processes import counted, dealt, summed
 from atp.structure.live import effective_weight
 from atp.structure.sharding import gathered
-from atp.structure.space import PrunableLinear, Space
+from atp.structure.space import KV, SWITCHES, Axis, PrunableLinear, Space
 
 Modules = Mapping[str, nn.Module]
 """Live linear layers by path."""
 
 
-def magnitude(space: Space, modules: Modules) -> dict[str, Tensor]:
-    """Sum of absolute weights of each group."""
-    return _summed(space, lambda path: _weight(modules[path]).abs())
+def magnitude(space: Space, modules: Modules, standard: bool = False) -> dict[str, Tensor]:
+    """Absolute weights of each group.
+
+    Args:
+        standard: z-scores of features, averaged, instead of sums.
+    """
+    return _by_group(space, lambda path: _weight(modules[path]).abs(), standard)
 
 
-def activation(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches) -> dict[str, Tensor]:
-    """Activation-weighted magnitude; `forward(batch)` runs the model once."""
+def activation(
+    space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches, standard: bool = False
+) -> dict[str, Tensor]:
+    """Activation-weighted magnitude; `forward(batch)` runs the model once, `standard` as above."""
     moments = _moments(space, modules, forward, batches)
-    return _summed(space, lambda path: _weight(modules[path]).abs() * moments[path].squares.sqrt())
+    return _by_group(space, lambda path: _weight(modules[path]).abs() * moments[path].squares.sqrt(), standard)
 
 
-def flap(space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches) -> dict[str, Tensor]:
-    """Fluctuation of what each group contributes; `forward(batch)` runs the model once."""
+def flap(
+    space: Space, modules: Modules, forward: Callable[[Any], object], batches: Batches, standard: bool = False
+) -> dict[str, Tensor]:
+    """Fluctuation of what each group contributes; `forward(batch)` runs the model once, `standard` as above."""
     moments = _moments(space, modules, forward, batches)
-    return _summed(space, lambda path: _weight(modules[path]).square() * moments[path].variance)
+    squared = (KV,) if standard else ()
+    return _by_group(space, lambda path: _weight(modules[path]).square() * moments[path].variance, standard, squared)
 
 
 def surgeon(
@@ -136,11 +150,16 @@ def _masked(space: Space) -> list[PrunableLinear]:
     return [one for one in space.linears if one.cols is not None or one.mask_rows or one.mask_switch]
 
 
-def _summed(space: Space, weigh: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """`weigh(path)`, `(out_features, in_features)`, summed over what each group owns."""
-    by_input: dict[str, Tensor] = {}
-    by_output: dict[str, Tensor] = {}
-    sizes = {s.name: s.size for s in space.sets}
+def _by_group(
+    space: Space, weigh: Callable[[str], Tensor], standard: bool, squared: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """`weigh(path)`, `(out_features, in_features)`, of what each group owns, added up over features or as `standard`.
+
+    Args:
+        squared: kinds whose features' scores are squared.
+    """
+    by_input: dict[str, dict[Axis, Tensor]] = {}
+    by_output: dict[str, dict[Axis, Tensor]] = {}
     for linear in _masked(space):
         weight = weigh(linear.path)
         for axis, wanted, scores, dim in (
@@ -149,8 +168,20 @@ def _summed(space: Space, weigh: Callable[[str], Tensor]) -> dict[str, Tensor]:
             (linear.switch, linear.mask_switch, by_output, 1),
         ):
             if axis is not None and wanted:
-                scores.setdefault(axis.set, torch.zeros(sizes[axis.set])).index_add_(0, axis.owner, weight.sum(dim))
-    return by_output | by_input
+                of_set = scores.setdefault(axis.set, {})
+                of_set[axis] = of_set.get(axis, 0.0) + weight.sum(dim)
+    found, sets = by_output | by_input, {s.name: s for s in space.sets}
+    groups = {}
+    for name, of_axes in found.items():
+        kind, size = sets[name].kind, sets[name].size
+        parts = []
+        for axis, features in of_axes.items():
+            values = features.square() if kind in squared else features
+            averaged = standard and kind not in SWITCHES
+            values = z_scores(values) / axis.units if averaged else values
+            parts.append(torch.zeros(size).index_add_(0, axis.owner, values))
+        groups[name] = torch.stack(parts).sum(0)
+    return groups
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -29,6 +29,8 @@ from atp.structure.space import (
     SpanningNorm,
 )
 
+_WIDE = 2048
+
 
 def build_space(structure: Structure, name: str, uniform: bool = False, round_to: int | None = None) -> Space:
     """The table of groups of `structure` in space `name`.
@@ -65,10 +67,10 @@ def build_space(structure: Structure, name: str, uniform: bool = False, round_to
 def default_round_to(size: int) -> int:
     """Multiples that matrix hardware likes, by width alone, so that every device gives the same model.
 
-    128 from 8,192 on, 64 from 2,048 on: rounding a narrow model as much would cost more quality than it gains speed. 8
-    from 512 on, the least that the matrix units of GPUs want (16 bytes of a 16-bit format); else 1.
+    128 from 8,192 on, 64 from 2,048 on: rounding a narrow model as much would cost more quality than it gains speed. 16
+    from 512 on: rows whose vectors of 16 bytes a GPU can read as such, and which Triton takes for that; else 1.
     """
-    steps = ((8192, 128), (2048, 64), (512, 8))
+    steps = ((8192, 128), (_WIDE, 64), (512, 16))
     return next((step for least, step in steps if size >= least), 1)
 
 
@@ -90,7 +92,10 @@ class _Axes:
         step = stream.step
         if "width" in self.parts and step > 1:  # of whatever heads are left, where the result is plain
             step = math.lcm(step, *(n * queries for n in kv_heads))
-        counts = tuple(n for n in self.multiples(HIDDEN, size, "the model") if n % step == 0)
+        if self.round_to is None and step > 1 and size < _WIDE:  # both would leave few widths
+            counts = tuple(range(step, size + 1, step))
+        else:
+            counts = tuple(n for n in self.multiples(HIDDEN, size, "the model") if n % step == 0)
         return self.axis(GroupSet(HIDDEN, None, HIDDEN, size, counts), torch.arange(size), 1)
 
     def of(self, block: Block) -> "_BlockAxes":

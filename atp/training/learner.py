@@ -268,7 +268,7 @@ class DecisionLearner:
     def _compute_only_kept(self, final: bool) -> None:
         """Nobody asks what removed groups would have been worth: they need not be computed.
 
-        They are where that is faster: a GPU's matrix products want widths that are multiples of 8 at least, which
+        They are where that is faster: a GPU's matrix products want widths that are multiples of 8, or 16, which
         decisions that are not put on the budget know nothing of.
         """
         any_widths = self._on_gpu and not final and not self.config.on_budget and self.config.impl != "compact"

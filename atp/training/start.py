@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from atp.config import ATPConfig
 from atp.criteria import scores
-from atp.criteria.ranking import SUITABLE, rank, starting_logits, suitable_protect
+from atp.criteria.ranking import SUITABLE, rank, standardised, starting_logits, suitable_protect
 from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.structure.budget import project
@@ -18,6 +18,9 @@ from atp.training.calibration import Calibration, hold_out, indexable, with_colu
 
 _MEASURED = ("activation", "flap", "surgeon", "taylor", "taylor2")
 """Criteria that look at calibration rows."""
+
+_BY_FEATURE = ("magnitude", "activation", "flap")
+"""Those that score features by themselves, so that these can be standardised before they are added up."""
 
 
 def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int) -> Calibration | None:
@@ -60,7 +63,7 @@ def start(
     space = attachment.space
     how = config.init_ranking or SUITABLE.get(config.init, "block")
     protect = suitable_protect(config.init, len(space.structure.blocks)) if config.protect is None else config.protect
-    scored = _scores(config, attachment, calibration, loss, quiet, grams)
+    scored = _scores(config, attachment, calibration, loss, quiet, grams, how == "standard")
     floor = config.init_floor * (1.0 - config.sparsity)
     ranked = rank(scored, space, how, protect, config.init_tilt, floor)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
@@ -73,12 +76,28 @@ def _scores(
     loss: Callable[[Mapping[str, Any]], Tensor],
     quiet: bool,
     grams: dict[str, Tensor] | None,
+    standard: bool,
+) -> dict[str, Tensor]:
+    """As the ranking wants them: `standard` or raw."""
+    by_feature = config.init in _BY_FEATURE
+    found = _raw(config, attachment, calibration, loss, quiet, grams, standard and by_feature)
+    return standardised(found, attachment.space, not by_feature) if standard else found
+
+
+def _raw(
+    config: ATPConfig,
+    attachment: Attachment,
+    calibration: Calibration | None,
+    loss: Callable[[Mapping[str, Any]], Tensor],
+    quiet: bool,
+    grams: dict[str, Tensor] | None,
+    standard: bool,
 ) -> dict[str, Tensor]:
     space = attachment.space
     if config.init == "random":
         return scores.random(space, config.seed)
     if config.init == "magnitude":
-        return scores.magnitude(space, attachment.modules)
+        return scores.magnitude(space, attachment.modules, standard)
     batches = tqdm(calibration, desc=f"atp: {config.init} scores", leave=False, disable=quiet)
     if config.init in ("taylor", "taylor2"):
         return scores.taylor(space, attachment.masks, loss, batches, order=2 if config.init == "taylor2" else 1)
@@ -89,4 +108,4 @@ def _scores(
 
         return scores.surgeon(space, attachment.modules, attachment.masks, added_up, batches, grams)
     by_inputs = {"activation": scores.activation, "flap": scores.flap}[config.init]
-    return by_inputs(space, attachment.modules, loss, batches)
+    return by_inputs(space, attachment.modules, loss, batches, standard)

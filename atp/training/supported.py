@@ -82,9 +82,14 @@ def require_what_can_be_followed(
 
 
 def _is_reentrant(module: nn.Module) -> bool:
-    """Whether what it checkpoints is, which arguments need not say: a script may ask the model itself."""
-    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-    return bool(getattr(module, "gradient_checkpointing", False) and settings.get("use_reentrant"))
+    """Whether what it checkpoints is, which arguments need not say: a script may ask the model itself.
+
+    PyTorch takes True where nothing is said, as PEFT's `prepare_model_for_kbit_training(model)` does.
+    """
+    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None)
+    if settings is None or not getattr(module, "gradient_checkpointing", False):
+        return False
+    return settings.get("use_reentrant") is not False
 
 
 def require_shards_that_come_and_go(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atp.criteria import scores, statistics
-from atp.criteria.ranking import default_protect, rank, starting_logits
+from atp.criteria.ranking import default_protect, rank, standardised, starting_logits
 from atp.criteria.statistics import curvatures, input_moments
 from atp.criteria.surgeon import refitted, removal_costs
 from atp.layers import Attachment, attach
@@ -271,8 +271,8 @@ def test_standard_ranking_compares_z_scores_over_blocks() -> None:
     _, space, modules = parts("width")
     raw = scores.magnitude(space, modules)
     raw["1.mlp"] = raw["1.mlp"] * 100.0 + 7.0  # another block's scale must not matter
-    plain = rank(scores.magnitude(space, modules), space, "standard", (0, 0))
-    scaled = rank(raw, space, "standard", (0, 0))
+    plain = rank(standardised(scores.magnitude(space, modules), space), space, "standard", (0, 0))
+    scaled = rank(standardised(raw, space), space, "standard", (0, 0))
     torch.testing.assert_close(plain, scaled, rtol=0.0, atol=0.01)
     z = {k: (v - v.mean()) / v.std(correction=0) for k, v in raw.items()}
     (a, b), (c, d) = ("0.mlp", 3), ("2.kv", 1)
@@ -314,6 +314,30 @@ def test_block_ranking_prunes_every_block_alike_and_spares_protected_ones() -> N
     best = raw["1.mlp"].topk(int(masks["1.mlp"].sum())).indices
     assert masks["1.mlp"][best].all(), "each block keeps its own best"
     assert default_protect(30) == (3, 1)
+
+
+@pytest.mark.parametrize(("sparsity", "left"), [(0.2, 3), (0.4, 2), (0.5, 2), (0.7, 1)])
+def test_block_ranking_takes_no_larger_share_of_few_large_groups(sparsity, left) -> None:
+    """As the authors of Wanda's structured form, FLAP and LLM-Pruner round."""
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 256}
+    space = build_space(discover(tiny.model(**sizes)), "width", round_to=1)
+    masks = project(rank(scores.random(space, 0), space, "block", (0, 0)), space, sparsity)
+    assert [masks[f"{block}.kv"].sum().item() for block in range(4)] == [left] * 4
+
+
+def test_standardised_features_are_averaged_over_what_a_group_owns() -> None:
+    """FLAP, by hand: z-scores of one layer's features, of attention those of squares."""
+    model, space, modules = parts("width")
+    inputs: dict[str, list[torch.Tensor]] = {"self_attn.o_proj": [], "mlp.down_proj": []}
+    for name, seen in inputs.items():
+        layer = modules[f"model.layers.1.{name}"]
+        layer.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].double().flatten(0, 1)))
+    got = scores.flap(space, modules, lambda ids: model(input_ids=ids), [IDS, IDS + 1], standard=True)
+    for name, found, power in (("self_attn.o_proj", got["1.kv"], 2), ("mlp.down_proj", got["1.mlp"], 1)):
+        features = modules[f"model.layers.1.{name}"].weight.double().square().sum(0)
+        features = (features * torch.cat(inputs[name]).var(0, correction=0)) ** power
+        z = (features - features.mean()) / features.std(correction=0)
+        torch.testing.assert_close(found.double(), z.view(len(found), -1).mean(1).detach(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["block", "global", "standard"])
@@ -408,7 +432,8 @@ def test_whole_halves_are_ranked_by_their_scores(how: str, name: str) -> None:
         zip(halves, torch.randperm(len(halves), generator=torch.Generator().manual_seed(3)) + 1.0, strict=True)
     )
     held = dict(zip((s.name for s in space.sets), space.group_parameters.tolist(), strict=True))
-    ranked = rank(found | {half: (worth[half] * held[half])[None] for half in halves}, space, how, (0, 0))
+    found |= {half: (worth[half] * held[half])[None] for half in halves}
+    ranked = rank(standardised(found, space) if how == "standard" else found, space, how, (0, 0))
     assert sorted(halves, key=lambda half: ranked[half].item()) == sorted(halves, key=lambda half: worth[half].item())
 
 

@@ -107,6 +107,15 @@ def test_different_and_unknown_data_are_said(tmp_path, prints, same):
     assert ("unknown" in text) == (same is None)
 
 
+def test_other_calibration_text_is_another_run_on_the_same_data(tmp_path):
+    made = [folders.metrics(fingerprint="a") for _ in range(2)]
+    for name, metrics in zip("xy", made, strict=True):
+        metrics["data"]["fingerprints"]["calibration"] = name
+    records = runs(tmp_path, *made)
+    assert same_data(records) is True
+    assert not data_warnings(records)
+
+
 def test_seeds_are_one_experiment_and_other_settings_are_not(tmp_path):
     one, other = folders.recipe(), folders.recipe(freeze_at=0.3)
     again = folders.recipe(seed=7) | {"output_dir": "elsewhere"}

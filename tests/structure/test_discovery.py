@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from atp.errors import ConfigError, UnsupportedModelError
 from atp.structure.building import build_space, default_round_to
 from atp.structure.discovery import discover
-from tests import families
+from tests import families, tiny
 from tests.export.cases import exported
 
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
@@ -68,7 +68,19 @@ def test_removing_one_group_removes_its_rows_and_columns(family, space_name):
 
 
 def test_rounding_defaults_depend_on_width_alone():
-    assert [default_round_to(n) for n in (511, 512, 1536, 2048, 8191, 8192, 28672)] == [1, 8, 8, 64, 64, 128, 128]
+    assert [default_round_to(n) for n in (511, 512, 1536, 2048, 8191, 8192, 28672)] == [1, 16, 16, 64, 64, 128, 128]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "round_to", "step"), [(576, 9, None, 9), (576, 9, 16, 144), (2304, 9, None, 576)]
+)
+def test_a_narrow_stream_is_cut_by_its_heads_alone(hidden, heads, round_to, step):
+    with torch.device("meta"):
+        model = tiny.model(
+            hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=3, head_dim=hidden // heads
+        )
+    [found] = [s for s in build_space(discover(model), "hidden", round_to=round_to).sets if s.kind == "hidden"]
+    assert found.counts == tuple(range(step, hidden + 1, step))
 
 
 def test_rounding_coarser_than_the_widths_is_refused():

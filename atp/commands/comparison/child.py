@@ -52,7 +52,7 @@ def run_child(run: Run, jobs: int = 1) -> dict[str, Any]:
     if status or not metrics.is_file():
         return row | {"status": "failed", "exit_status": status, "error": _last_error(status, folder / _LOG)}
     results = json.loads(metrics.read_text(encoding="utf-8"))
-    if "validation" not in results:
+    if "validation" not in results or (run.recipe.data.tasks and "tasks" not in results):
         return row | {"status": "failed", "exit_status": status, "error": "there was no room on the GPU to measure it"}
     if not math.isfinite(results["validation"]["nll"]):
         return row | {"status": "failed", "exit_status": status, "error": "the validation loss is not finite"}

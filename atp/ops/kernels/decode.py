@@ -2,8 +2,8 @@
 
 A program owns a slice of the result's features, for all tokens. It reads the whole rows of W that belong there, and so
 writes every feature once: zero where the feature is gone. The product is W x^T, since a tile for tensor cores has many
-rows and may have few columns. Sums are in float32. Rows of W whose length is no multiple of 16 bytes are read one
-number at a time: right, but slow.
+rows and may have few columns. Sums are in float32. Rows of W whose length is no multiple of 16 are read one number
+at a time: right, but slow.
 """
 # mypy: allow-untyped-defs
 # (a kernel's arguments have no types of Python's)

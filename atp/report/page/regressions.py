@@ -129,8 +129,8 @@ def data_warnings(records: Sequence[Record]) -> list[str]:
 
 def _measured_on(records: Sequence[Record]) -> list[str]:
     """Names of the data sets that scores and perplexities were measured on, as fingerprints name them."""
-    names = dict.fromkeys(name for record in records for name in fingerprints(record) if name != "train")
-    return list(names)
+    names = dict.fromkeys(name for record in records for name in fingerprints(record))
+    return [name for name in names if name not in ("train", "calibration")]
 
 
 def _unknown(records: Sequence[Record]) -> list[str]:
