@@ -44,7 +44,7 @@ CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     # (`protect` at its default), which is better on SmolLM2-135M.
     "flap": {"init_ranking": "standard", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "bias"},
 }
-"""What each criterion changes, as its authors run it; a criterion that is not here runs with `ATPConfig`'s defaults."""
+"""What each criterion changes, as its authors run it; one that is not here, ours, runs as the recipe says (`_OURS`)."""
 
 _SHARED = (
     "sparsity",
@@ -60,6 +60,10 @@ _SHARED = (
     "impl",
 )
 """What every strategy takes from the recipe: the task, not the way to solve it."""
+
+
+_OURS = ("init_tilt", "init_floor", "protect")
+"""What a criterion without authors takes from the recipe, where it is chosen for the model."""
 
 
 def timing_of(strategy: str) -> str:
@@ -89,7 +93,8 @@ def strategy_config(strategy: str, base: ATPConfig) -> ATPConfig | None:
     """The settings of a run by `strategy`, or `None` for `dense`.
 
     Args:
-        base: the recipe's settings. Rivals take only the task from it: sparsity, space, seed, calibration rows.
+        base: the recipe's settings. Rivals take only the task from it: sparsity, space, seed, calibration rows; our own
+            criterion also how it ranks.
 
     Raises:
         ConfigError: on an unknown name, naming the nearest.
@@ -105,7 +110,8 @@ def strategy_config(strategy: str, base: ATPConfig) -> ATPConfig | None:
         return ATPConfig.paper(**shared)
     timing, criterion, named = _parse(strategy)
     changes = {"decision": "criterion", "init": criterion, "freeze_at": FREEZE_AT[timing]}
-    return ATPConfig(**(shared | changes | CRITERION_SETTINGS.get(criterion, {}) | named))
+    own = CRITERION_SETTINGS.get(criterion, {name: getattr(base, name) for name in _OURS})
+    return ATPConfig(**(shared | changes | own | named))
 
 
 def _parse(strategy: str) -> tuple[str, str, dict[str, str]]:

@@ -64,9 +64,11 @@ def test_compensation_is_the_authors_unless_named():
     assert (both.init_ranking, both.compensate) == ("block", "none")
 
 
-def test_a_criterion_without_an_entry_runs_with_defaults(monkeypatch):
+def test_a_criterion_without_an_entry_runs_with_defaults_and_ranks_as_the_recipe_says(monkeypatch):
     monkeypatch.setattr("atp.strategies.CRITERION_SETTINGS", {})
-    assert strategy_config("prune-then-tune:flap", BASE).init_ranking == ATPConfig().init_ranking
+    found = strategy_config("prune-then-tune:flap", dataclasses.replace(BASE, init_floor=0.8, lasso=0.3))
+    assert found.init_ranking == ATPConfig().init_ranking
+    assert (found.init_floor, found.lasso) == (0.8, ATPConfig().lasso)
 
 
 @pytest.mark.parametrize(

@@ -34,24 +34,22 @@ def infer_cases(
     bytes, each weight that a token needs being read once.
 
     Args:
-        compiled: compile both models, each with a cache of fixed size: on a GPU a token is a CUDA graph then, where
-            launching every operation by itself takes longer than the operations.
+        compiled: decode with both models compiled, each with a cache of fixed size: on a GPU a token is a CUDA graph
+            then, where launching every operation by itself takes longer than the operations. Prompts are read as they
+            are, as `generate` does: compiled, attention would have a mask in place of flash attention.
     """
     before, after = (flops_per_token(model) // 2 for model in (dense, pruned))
     head_before, head_after = (model.get_output_embeddings().weight.numel() for model in (dense, pruned))
     ids = torch.randint(dense.config.get_text_config().vocab_size, (1, tokens)).to(dense.device)
-
-    def reader(model: PreTrainedModel) -> _Reader:
-        return _Reader(model, tokens + written, compiled)
-
+    length = tokens + written if compiled else None
     return {
         "prefill": [
-            Case("dense", _Prefill(reader(dense), ids)),
-            Case("pruned", _Prefill(reader(pruned), ids), (after - head_after) / (before - head_before)),
+            Case("dense", _Prefill(_Reader(dense), ids)),
+            Case("pruned", _Prefill(_Reader(pruned), ids), (after - head_after) / (before - head_before)),
         ],
         "decode": [
-            Case("dense", _Decode(reader(dense), ids, written)),
-            Case("pruned", _Decode(reader(pruned), ids, written), after / before),
+            Case("dense", _Decode(_Reader(dense, length), ids, written)),
+            Case("pruned", _Decode(_Reader(pruned, length), ids, written), after / before),
         ],
     }
 
@@ -60,13 +58,13 @@ class _Reader:
     """A model that reads tokens into a cache of its own.
 
     Args:
-        length: tokens that a cache of fixed size holds.
+        length: tokens that a cache of fixed size holds, for which the model is compiled; None for one that grows.
     """
 
-    def __init__(self, model: PreTrainedModel, length: int, compiled: bool) -> None:
+    def __init__(self, model: PreTrainedModel, length: int | None = None) -> None:
         self._model = self._compiled = model
         self._cache: Cache = DynamicCache()
-        if compiled:
+        if length is not None:
             self._cache = StaticCache(config=model.config, max_cache_len=length)
             self._compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
         # transformers 5.24 calls it by another name
@@ -83,7 +81,6 @@ class _Reader:
         """Read `ids`, `(1, tokens)`, and choose the next token, `(1, 1)`."""
         if isinstance(self._cache, StaticCache):
             torch.compiler.cudagraph_mark_step_begin()
-            torch._dynamo.mark_static(ids)  # lengths of caches whose windows slide may not be, so not `dynamic=False`
         return self._next(self._compiled, ids)
 
     def forget(self, tokens: int) -> None:
@@ -108,8 +105,6 @@ class _Reader:
 class _Prefill:
     def __init__(self, reader: _Reader, ids: Tensor) -> None:
         self._reader, self._ids = reader, ids
-        reader.begin(ids)
-        reader.forget(ids.shape[1])
 
     def __call__(self) -> None:
         self._reader.read(self._ids)

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
@@ -108,7 +109,12 @@ def captured(case: Case, times: int) -> Case:
     with torch.cuda.graph(graph):
         for _ in range(times):
             case.call()
-    return replace(case, call=graph.replay, times=times * case.times)
+    return replace(case, call=partial(_replay, graph, case), times=times * case.times)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, _case: Case) -> None:
+    """Run `graph`, which reads the tensors of the case that it was captured from."""
+    graph.replay()
 
 
 def measured(call: Callable[[], object]) -> tuple[float, float | None]:

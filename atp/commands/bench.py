@@ -59,7 +59,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     infer = _declare(benches, "infer", "an exported model beside the dense one: reading a prompt, writing tokens")
     infer.add_argument("--tokens", type=int, default=512, help="of the prompt (default 512)")
     infer.add_argument("--written", type=int, default=16, help="tokens written a call (default 16)")
-    infer.add_argument("--compile", action="store_true", help="compile both models (on a GPU: as CUDA graphs)")
+    infer.add_argument("--compile", action="store_true", help="decode with compiled models (on a GPU: as CUDA graphs)")
     infer.set_defaults(results=_infer)
     kernels = _declare(benches, "kernels", "one layer and its operations: PyTorch's, and kernels where a GPU is")
     kernels.add_argument("--tokens", type=int, default=4096, help="that a layer reads (default 4096)")

@@ -17,12 +17,12 @@ _COLUMNS = (
 )
 _LEGEND = (
     "Mean and standard deviation over seeds, on held-out text; nll in nats per token. *learning rate*: where several "
-    "were tried, the one with the lowest nll. *worst row*: the highest nll of a held-out row in any run, where rows "
-    "tell. *gap closed*: share of the way from the best two-stage rival's nll to dense's; *ppl / rival*: perplexity "
-    "over that rival's; *scores*: on tasks, of the runs that were scored, and their mean share of dense's. Latency: "
-    "median over seeds, one stream; memory: peak of training; *overlap with start*: share of the groups that the "
-    "decision drawn before tuning prunes and the final one prunes too. FLOPs count linear layers and the head, not "
-    "attention scores."
+    "were tried, the one with the lowest nll, of those with the most seeds. *worst row*: the highest nll of a held-out "
+    "row in any run, where rows tell. *gap closed*: share of the way from the best two-stage rival's nll to dense's; "
+    "*ppl / rival*: perplexity over that rival's; *scores*: on tasks, of the runs that were scored, and their mean "
+    "share of dense's. Latency: median over seeds, one stream; memory: peak of training; *overlap with start*: share "
+    "of the groups that the first decision prunes (a rival's before tuning, `atp`'s at `start_at`) and the final one "
+    "prunes too. FLOPs count linear layers and the head, not attention scores."
 )
 
 

@@ -7,7 +7,7 @@ log-perplexity there. Every seed weighs the same. Not covered: significance; wit
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ class Spread:
 class Cell:
     """One strategy at one asked sparsity (`None` for dense); what cannot be known is `None`.
 
-    `learning_rate` is the best of those tried, by `nll`: `default` where the recipe names none; `by_rate`:
-    perplexities at each.
+    `learning_rate` is the best, by `nll`, of those tried with the most seeds: `default` where the recipe names none;
+    `by_rate`: perplexities at each.
     `nll` is held-out log-perplexity in nats per token, `worst_row_nll` the highest of a held-out row in any run,
     far above `nll` where a model breaks down on some rows (rows of earlier versions do not tell). `scores`: means by
     task. `relative_performance`: a score over dense's, or dense's
@@ -39,7 +39,7 @@ class Cell:
     share of the distance from the rival's nll to dense's that is gone, 0 for the rival itself, 1 for a model as
     good as dense. `perplexity_to_rival`, `relative_nll` and the `*_to_dense` figures are ratios. Latencies are
     medians over seeds: a prompt read, one token written; memory is the peak of training. `overlap`: per group kind,
-    the share of the groups pruned by the decision drawn before tuning that the final one prunes too. `jobs`: how
+    the share of the groups pruned by the first decision drawn that the final one prunes too. `jobs`: how
     many runs shared the machine, at most.
     """
 
@@ -77,7 +77,7 @@ def summarise(rows: Iterable[Row]) -> list[Cell]:
         if row["status"] == "ok":
             by_rate = tried.setdefault((row["strategy"], row["sparsity"]), {})
             by_rate.setdefault(_learning_rate(row), []).append(row)
-    grouped = {key: min(by_rate.values(), key=lambda group: _mean(group, _nll)) for key, by_rate in tried.items()}
+    grouped = {key: _best(by_rate.values()) for key, by_rate in tried.items()}
     dense = grouped.get((DENSE, None))
     cells = []
     for (strategy, sparsity), members in grouped.items():
@@ -85,6 +85,12 @@ def summarise(rows: Iterable[Row]) -> list[Cell]:
         rival = min(rivals, key=lambda group: _mean(group, _nll), default=None)
         cells.append(_cell(strategy, sparsity, tried[strategy, sparsity], members, dense, rival))
     return sorted(cells, key=lambda cell: (cell.sparsity or 0.0, cell.perplexity.mean))
+
+
+def _best(by_rate: Collection[list[Row]]) -> list[Row]:
+    """Runs at the best learning rate, of those at which as many seeds ended well as at any."""
+    seeds = max(len(group) for group in by_rate)
+    return min((group for group in by_rate if len(group) == seeds), key=lambda group: _mean(group, _nll))
 
 
 def by_sparsity(cells: Sequence[Cell]) -> list[tuple[float | None, list[Cell]]]:

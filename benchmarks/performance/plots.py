@@ -27,6 +27,9 @@ def draw(results: Path, out: Path) -> None:
 
 
 def _cases(path: Path) -> list[dict[str, str]]:
-    """Without baselines, which take 1, and without what a run's first steps take more."""
+    """Without baselines, which take 1, what a run's first steps take more, and what is compared with a copy."""
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["ratio"] != "1.0" and not row["case"].startswith("first ")]
+        rows = list(csv.DictReader(file))
+    baselines = {row["bench"]: row["case"] for row in reversed(rows)}
+    rows = [row for row in rows if not baselines[row["bench"]].startswith("copy")]
+    return [row for row in rows if row["ratio"] != "1.0" and not row["case"].startswith(("first ", "copy "))]

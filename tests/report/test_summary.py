@@ -50,6 +50,13 @@ def test_the_worst_row_of_any_run_that_tells():
     assert "| 6.50 |" in markdown(summarise(rows))
 
 
+def test_a_learning_rate_at_which_seeds_failed_is_not_the_best():
+    whole = [row("atp", 0.4, seed, nll, rate=2e-3) for seed, nll in enumerate((3.06, 3.07))]
+    found = cells([*whole, row("atp", 0.4, 0, 3.04, rate=4e-3), failed("atp", 0.4, 1)])
+    cell = found["atp", 0.4]
+    assert (cell.learning_rate, cell.seeds, len(cell.by_rate)) == ("0.002", 2, 2)
+
+
 def test_distances_to_the_best_rival_and_to_dense():
     found = cells()
     assert found["atp", 0.4].gap_closed == pytest.approx((3.0 - 2.35) / (3.0 - 2.1))
