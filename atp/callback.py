@@ -104,7 +104,7 @@ class ATPCallback(TrainerCallback):
         self._saved_step: int | None = None
         self._saves_after_evaluation = False
         self._checked: dict[Any, Any] = {}
-        self._stopped = False
+        self._stopped = self._is_over = False
         self._evaluated_step: int | None = None
 
     @property
@@ -157,6 +157,10 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """This step's masks and teacher."""
+        self._is_over = state.global_step >= state.max_steps  # a run that is resumed where it ended takes a step more
+        if self._is_over:
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] = 0.0
         self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]  # DeepSpeed moves both on too early
         self._loss_scale = _loss_scale(kwargs)
         freezes = not self.learner.frozen and state.global_step >= self.learner.schedule.freeze_step
@@ -188,7 +192,9 @@ class ATPCallback(TrainerCallback):
             self.learner.proximal_step(self._learning_rate)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluation sees the noise-free decision."""
+        """Evaluation sees the noise-free decision; a step that was none is not counted, and nothing is saved over."""
+        if self._is_over:
+            state.global_step, control.should_save = state.max_steps, False
         self._running().end_step()
         self._before_evaluation_and_saving(args, state, control, kwargs["model"])
 

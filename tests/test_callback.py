@@ -657,6 +657,23 @@ def test_a_checkpoint_of_another_folder_is_to_be_named_to_the_callback_too(tmp_p
         runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_run_resumed_where_it_ended_changes_nothing_and_exports(tmp_path: Path) -> None:
+    """As after a kill while its model was exported; the Trainer takes one step more."""
+    settings = {"save_strategy": "steps", "save_steps": runs.STEPS // 2, "lr_scheduler_type": "constant"}
+    whole = runs.trainer(tmp_path / "whole", runs.config(), **settings)
+    whole.train()
+    last = f"checkpoint-{runs.STEPS}"
+    shutil.copytree(tmp_path / "whole" / last, tmp_path / "cut" / last)
+    before = (tmp_path / "cut" / last / "adapter_model.safetensors").stat().st_mtime_ns
+    run = runs.trainer(tmp_path / "cut", runs.config(), **settings)
+    assert run.train(resume_from_checkpoint=True).global_step == runs.STEPS
+    assert runs.same(runs.adapter(run), runs.adapter(whole))
+    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == [last]
+    assert (tmp_path / "cut" / last / "adapter_model.safetensors").stat().st_mtime_ns == before
+    found, expected = (load(tmp_path / name / "pruned") for name in ("cut", "whole"))
+    assert runs.same(dict(found.state_dict()), dict(expected.state_dict()))
+
+
 def test_a_machine_with_a_folder_of_its_own_has_random_states_of_its_own_processes(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 4}
     runs.trainer(tmp_path, runs.config(), **settings).train()
