@@ -541,14 +541,12 @@ def restore(model: nn.Module, final: str | Path) -> Attachment:
 
 def _trained_whole(lm: Any) -> str | None:
     """Path of something with matrices, other than embedding and head, that an adapter holds a copy of."""
-    wrappers = {path: module for path, module in lm.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     spared = {id(lm.get_input_embeddings()), id(lm.get_output_embeddings())}
-    with_matrices = (
-        path
-        for path, module in wrappers.items()
-        if id(module) not in spared and any(p.dim() > 1 for p in module.parameters())
-    )
-    return next(with_matrices, None)
+    for path, module in lm.named_modules():
+        copied = isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in spared
+        if copied and any(parameter.dim() > 1 for parameter in module.parameters()):
+            return path
+    return None
 
 
 def _batch_size(loader: DataLoader, args: TrainingArguments) -> int:

@@ -61,7 +61,6 @@ _SHARED = (
 )
 """What every strategy takes from the recipe: the task, not the way to solve it."""
 
-
 _OURS = ("init_tilt", "init_floor", "protect")
 """What a criterion without authors takes from the recipe, where it is chosen for the model."""
 

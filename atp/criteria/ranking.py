@@ -78,13 +78,17 @@ def starting_logits(ranked: Mapping[str, Tensor], decision: Mapping[str, Tensor]
 
 
 def _percentiles(values: Tensor) -> Tensor:
-    order = torch.argsort(torch.argsort(values, stable=True), stable=True)
-    return (order + 0.5) / len(values)
+    return (_places(values) + 0.5) / len(values)
 
 
 def _shares_below(values: Tensor) -> Tensor:
     """The share of a set that is gone once a group is: pruned up to a share, a set loses no more than that."""
-    return (torch.argsort(torch.argsort(values, stable=True), stable=True) + 1.0) / len(values)
+    return (_places(values) + 1.0) / len(values)
+
+
+def _places(values: Tensor) -> Tensor:
+    """Of each value among all, from 0 for the least."""
+    return torch.argsort(torch.argsort(values, stable=True), stable=True)
 
 
 def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

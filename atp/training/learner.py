@@ -75,7 +75,6 @@ class DecisionLearner:
         if config.impl == "triton":
             _use_kernels(attachment)
         self.generator = _emitter(config, self.space)  # small, and wanted where decisions are put on the budget
-        self._on_gpu = attachment.device.type == "cuda"
         self._draw, self._compensation = draw, compensation
         trained = [p for p in self.generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.generator_lr, weight_decay=0.0)
@@ -163,10 +162,11 @@ class DecisionLearner:
 
     def proximal_step(self, learning_rate: float) -> None:
         """Shrink LoRA weights of pruned groups: call after the LoRA optimizer's step, with the rate that it used."""
-        if self.frozen:
+        beta = self.schedule.lasso(self.step)
+        if self.frozen or beta == 0:
             return
         masks = {name: leaf.detach() for name, leaf in self.attachment.masks.items()}
-        rho, beta = pruned_share(self.space, self._decision), self.schedule.lasso(self.step)
+        rho = pruned_share(self.space, self._decision)
         proximal_step(self.space, self.attachment.modules, masks, rho, learning_rate, beta)
 
     def freeze(self) -> None:
@@ -294,6 +294,10 @@ class DecisionLearner:
         with self.attachment.plainly(), without_dropout(self.attachment.lm):
             drawn = self._draw()
         self.generator.set_start(from_first(drawn or kept))
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.attachment.device.type == "cuda"
 
     @property
     def _temperature(self) -> float:

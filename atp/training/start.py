@@ -63,28 +63,16 @@ def start(
     space = attachment.space
     how = config.init_ranking or SUITABLE.get(config.init, "block")
     protect = suitable_protect(config.init, len(space.structure.blocks)) if config.protect is None else config.protect
-    scored = _scores(config, attachment, calibration, loss, quiet, grams, how == "standard")
+    standard, by_feature = how == "standard", config.init in _BY_FEATURE
+    scored = _scores(config, attachment, calibration, loss, quiet, grams, standard and by_feature)
+    if standard:
+        scored = standardised(scored, space, by_group=not by_feature)
     floor = config.init_floor * (1.0 - config.sparsity)
     ranked = rank(scored, space, how, protect, config.init_tilt, floor)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
 
 def _scores(
-    config: ATPConfig,
-    attachment: Attachment,
-    calibration: Calibration | None,
-    loss: Callable[[Mapping[str, Any]], Tensor],
-    quiet: bool,
-    grams: dict[str, Tensor] | None,
-    standard: bool,
-) -> dict[str, Tensor]:
-    """As the ranking wants them: `standard` or raw."""
-    by_feature = config.init in _BY_FEATURE
-    found = _raw(config, attachment, calibration, loss, quiet, grams, standard and by_feature)
-    return standardised(found, attachment.space, not by_feature) if standard else found
-
-
-def _raw(
     config: ATPConfig,
     attachment: Attachment,
     calibration: Calibration | None,

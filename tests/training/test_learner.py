@@ -103,10 +103,10 @@ def test_only_kept_is_computed_where_no_gradient_of_a_mask_is_asked_for(settings
     ("settings", "compact"),
     [({}, True), ({"on_budget": False}, False), ({"on_budget": False, "impl": "compact"}, True)],
 )
-def test_a_gpu_computes_only_kept_where_widths_suit_it(settings, compact) -> None:
+def test_a_gpu_computes_only_kept_where_widths_suit_it(settings, compact, monkeypatch) -> None:
     """The final decision is always on budget."""
     made = learner(mode="alternating", **settings)
-    made._on_gpu = True
+    monkeypatch.setattr(DecisionLearner, "_on_gpu", True)
     made.begin_step(0)
     assert made.attachment.is_compact is compact
     made.freeze()
