@@ -120,10 +120,7 @@ class Attachment:
         for path, compact in compacted(self.space, self.lm, decision, fused, self._lasting).items():
             switch = masks_of(self.modules[path]).switch if is_masked(self.modules[path]) else None
             mask_linear(self.modules[path], LinearMasks(None, None, compact, switch))
-        for index, sets in self._fused_sets().items():
-            keep = {kind: decision[name] > 0 for kind, name in sets.items() if kind != MLP}
-            device = next(self._blocks[index].parameters()).device  # where counting would wait for it
-            kept = {kind: Selection.of(chosen).to(device) for kind, chosen in keep.items() if not chosen.all()}
+        for index, kept in self._kept_of_fused(decision).items():
             fuse(self._blocks[index], FusedMasks({}, kept, self._impl))
         self._halves.skip(self._halves.off(decision))
         self.is_compact = True
@@ -250,6 +247,22 @@ class Attachment:
             if s.block is not None and s.block in found and s.kind in KINDS:
                 found[s.block][s.kind] = s.name
         return found
+
+    def _kept_of_fused(self, decision: Mapping[str, Tensor]) -> dict[int, dict[str, Selection]]:
+        """What each fused block reads and writes of the stream, by kind, where something of it is gone."""
+        chosen = {
+            (index, kind): Selection.of(decision[name] > 0)
+            for index, sets in self._fused_sets().items()
+            for kind, name in sets.items()
+            if kind != MLP and not decision[name].all()
+        }
+        devices = {index: next(block.parameters()).device for index, block in self._blocks.items()}
+        kept: dict[int, dict[str, Selection]] = {index: {} for index in self._blocks}
+        for device in set(devices.values()):
+            there = {place: selection for place, selection in chosen.items() if devices[place[0]] == device}
+            for (index, kind), selection in zip(there, Selection.moved(list(there.values()), device), strict=True):
+                kept[index][kind] = selection
+        return kept
 
     def _axis(self, axis: Axis | None, elsewhere: Container[str], shared: Shared | None = None) -> AxisMask | None:
         if axis is None or axis.set in elsewhere:

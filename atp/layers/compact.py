@@ -301,15 +301,11 @@ def _kept(axes: Iterable[Axis], masks: Mapping[str, Tensor], passed_on: set[str]
 
 def _on(device: torch.device, kept: Mapping[Axis, Side]) -> dict[Axis | None, Side]:
     """The same, there; nothing of no axis."""
-    selections = [side.selection for side in kept.values() if side.selection is not None]
     keeps = together([side.keep for side in kept.values()], device)
-    indices, positions = (
-        iter(together([getattr(s, name) for s in selections], device)) for name in ("index", "position")
-    )
+    selections = iter(Selection.moved([side.selection for side in kept.values() if side.selection is not None], device))
     moved: dict[Axis | None, Side] = {}
     for (axis, side), keep in zip(kept.items(), keeps, strict=True):
-        selection = None if side.selection is None else Selection(next(indices), next(positions))
-        moved[axis] = Side(keep, selection, side.passed_on)
+        moved[axis] = Side(keep, None if side.selection is None else next(selections), side.passed_on)
     return moved
 
 

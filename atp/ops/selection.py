@@ -5,11 +5,14 @@ expanded over rows, in less time: on two CPU cores, 380 of 576 features of 2,048
 0.81, and a backward pass that is the other of the two.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from atp.transfers import together
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +33,14 @@ class Selection:
         position = torch.where(keep, keep.cumsum(0) - 1, -1)
         return cls(torch.nonzero(keep).flatten(), position.to(torch.int32))
 
-    def to(self, device: torch.device) -> "Selection":
-        """The same, there."""
-        return Selection(self.index.to(device), self.position.to(device))
+    @staticmethod
+    def moved(selections: Sequence["Selection"], device: torch.device) -> list["Selection"]:
+        """The same on another device, all of them at once."""
+        if not selections:
+            return []
+        indices = together([selection.index for selection in selections], device)
+        positions = together([selection.position for selection in selections], device)
+        return [Selection(index, position) for index, position in zip(indices, positions, strict=True)]
 
 
 def gather_features(x: Tensor, index: Tensor) -> Tensor:

@@ -9,6 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from atp.bench import train_step_cases
 from atp.config import ATPConfig
+from atp.layers import Attachment
+from atp.structure.building import build_space
+from atp.structure.discovery import discover
 from tests.device import in_its_own_process, second
 
 pytestmark = in_its_own_process
@@ -38,13 +41,16 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def waits(space: str, layers: int) -> dict[str, Counter]:
-    """Of the third step of each kind."""
+def llama(layers: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=layers, **sizes)).to(second.DEVICE)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=layers, **sizes)).to(second.DEVICE)
+
+
+def waits(space: str, layers: int) -> dict[str, Counter]:
+    """Of the third step of each kind."""
     found = {}
-    for case in train_step_cases(model, ATPConfig(space=space, sparsity=0.5, round_to=1), 2, 2, 8):
+    for case in train_step_cases(llama(layers), ATPConfig(space=space, sparsity=0.5, round_to=1), 2, 2, 8):
         case.call()
         case.call()
         with Waits() as counted:
@@ -65,3 +71,17 @@ def test_depth_makes_no_step_wait_more_often(space, device):
             "after the freeze, eager": {},
             "after the freeze": {},
         }
+
+
+def test_fused_blocks_learn_together_what_is_kept(device):
+    """Kept features of layers and of blocks, each by two dtypes, and the decision back."""
+    for layers in (2, 4):
+        model = llama(layers)
+        space = build_space(discover(model), "disp", round_to=1)
+        attachment = Attachment(model, space)
+        assert attachment.fuse_blocks("eager")
+        model.requires_grad_(False)
+        attachment.set_masks({s.name: torch.arange(s.size) % 2.0 for s in space.sets})
+        with Waits() as counted:
+            attachment.compact()
+        assert counted.found == {"to cpu": 1, "to second": 5}
