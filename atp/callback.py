@@ -36,12 +36,13 @@ from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm, is_adapters
-from atp.structure.sharding import held, is_sharded, settle, whole
+from atp.structure.sharding import held, is_sharded, settle, shape_of, whole
 from atp.structure.space import Space
 from atp.subset import evenly_spread
 from atp.trackers import Feeder
 from atp.training.calibration import indexable, shared_row, with_columns_of
 from atp.training.compensation import load_compensated
+from atp.training.finished import FinishedRun
 from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.monitor import Monitor
 from atp.training.run import PruningRun
@@ -104,7 +105,8 @@ class ATPCallback(TrainerCallback):
         self._saved_step: int | None = None
         self._saves_after_evaluation = False
         self._checked: dict[Any, Any] = {}
-        self._stopped = self._is_over = False
+        self._stopped = False
+        self._finished = FinishedRun()
         self._evaluated_step: int | None = None
 
     @property
@@ -157,12 +159,11 @@ class ATPCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """This step's masks and teacher."""
-        self._is_over = state.global_step >= state.max_steps  # a run that is resumed where it ended takes a step more
-        if self._is_over:
-            for group in kwargs["optimizer"].param_groups:
-                group["lr"] = 0.0
+        self._finished.on_step_begin(args, state, control, **kwargs)
         self._learning_rate = kwargs["optimizer"].param_groups[0]["lr"]  # DeepSpeed moves both on too early
         self._loss_scale = _loss_scale(kwargs)
+        if self._finished.is_over:
+            return
         freezes = not self.learner.frozen and state.global_step >= self.learner.schedule.freeze_step
         if freezes:
             self._watching().measure_held_out(state.global_step, dense=True, pruned=False)
@@ -192,9 +193,10 @@ class ATPCallback(TrainerCallback):
             self.learner.proximal_step(self._learning_rate)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluation sees the noise-free decision; a step that was none is not counted, and nothing is saved over."""
-        if self._is_over:
-            state.global_step, control.should_save = state.max_steps, False
+        """Evaluation sees the noise-free decision."""
+        self._finished.on_step_end(args, state, control)
+        if self._finished.is_over:
+            return
         self._running().end_step()
         self._before_evaluation_and_saving(args, state, control, kwargs["model"])
 
@@ -203,6 +205,7 @@ class ATPCallback(TrainerCallback):
     ) -> None:
         """As `on_step_end`; what an alert has stopped is saved, whatever an evaluation has decided since."""
         control.should_save |= self._stopped and self._saved_step != state.global_step
+        self._finished.on_epoch_end(args, state, control)
         self._before_evaluation_and_saving(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -292,6 +295,7 @@ class ATPCallback(TrainerCallback):
 
     def add_metrics(self, logs: dict[str, Any]) -> None:
         """Add the last step's figures to `logs`, unless it is an evaluation's or the end's log."""
+        self._finished.correct(logs)
         if self._monitor is not None and "loss" in logs:
             logs |= {f"{LOG_PREFIX}{name}": value for name, value in self._monitor.figures().items()}
 
@@ -544,7 +548,7 @@ def _trained_whole(lm: Any) -> str | None:
     spared = {id(lm.get_input_embeddings()), id(lm.get_output_embeddings())}
     for path, module in lm.named_modules():
         copied = isinstance(module, AuxiliaryTrainingWrapper) and id(module) not in spared
-        if copied and any(parameter.dim() > 1 for parameter in module.parameters()):
+        if copied and any(len(shape_of(parameter)) > 1 for parameter in module.parameters()):
             return path
     return None
 

@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
     LlamaForCausalLM,
+    Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from atp import ATPCallback, load
-from atp.callback import _gathered_adapters
+from atp.callback import _gathered_adapters, _trained_whole
 from atp.cli import main
 from atp.errors import (
     ATPError,
@@ -657,21 +658,47 @@ def test_a_checkpoint_of_another_folder_is_to_be_named_to_the_callback_too(tmp_p
         runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
 
 
-def test_a_run_resumed_where_it_ended_changes_nothing_and_exports(tmp_path: Path) -> None:
+_BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "training"),
+    [
+        ({}, {"save_strategy": "steps", "save_steps": runs.STEPS // 2}),
+        ({}, {"save_strategy": "epoch", "eval_strategy": "epoch"}),
+        ({"freeze_at": 1.0}, {"save_strategy": "steps", "learning_rate": 0.5} | _BEST),
+    ],
+    ids=["steps", "epochs", "frozen at the end"],
+)
+def test_a_run_resumed_where_it_ended_changes_nothing_and_exports(
+    tmp_path: Path, settings: dict[str, Any], training: dict[str, Any]
+) -> None:
     """As after a kill while its model was exported; the Trainer takes one step more."""
-    settings = {"save_strategy": "steps", "save_steps": runs.STEPS // 2, "lr_scheduler_type": "constant"}
-    whole = runs.trainer(tmp_path / "whole", runs.config(), **settings)
+    training = training | {"lr_scheduler_type": "constant", "logging_steps": 1}
+
+    def run(name: str) -> Trainer:
+        return runs.trainer(tmp_path / name, runs.config(**settings), evaluation=runs.dataset(8, seed=5), **training)
+
+    def times(name: str) -> dict[str, int]:
+        kept = (tmp_path / name).glob("checkpoint-*/**/*")
+        return {str(p.relative_to(tmp_path / name)): p.stat().st_mtime_ns for p in kept if p.is_file()}
+
+    whole = run("whole")
     whole.train()
-    last = f"checkpoint-{runs.STEPS}"
-    shutil.copytree(tmp_path / "whole" / last, tmp_path / "cut" / last)
-    before = (tmp_path / "cut" / last / "adapter_model.safetensors").stat().st_mtime_ns
-    run = runs.trainer(tmp_path / "cut", runs.config(), **settings)
-    assert run.train(resume_from_checkpoint=True).global_step == runs.STEPS
-    assert runs.same(runs.adapter(run), runs.adapter(whole))
-    assert [p.name for p in (tmp_path / "cut").glob("checkpoint-*")] == [last]
-    assert (tmp_path / "cut" / last / "adapter_model.safetensors").stat().st_mtime_ns == before
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("final", "pruned"))
+    before, cut = times("cut"), run("cut")
+    outcome = cut.train(resume_from_checkpoint=True)
+    assert outcome.global_step == runs.STEPS
+    assert "train_loss" not in outcome.metrics | cut.state.log_history[-1]
+    assert [x["loss"] for x in cut.state.log_history if "loss" in x] == [
+        x["loss"] for x in whole.state.log_history if "loss" in x
+    ]
+    assert runs.same(runs.adapter(cut), runs.adapter(whole))
+    assert times("cut") == before
     found, expected = (load(tmp_path / name / "pruned") for name in ("cut", "whole"))
     assert runs.same(dict(found.state_dict()), dict(expected.state_dict()))
+    states = [json.loads((tmp_path / name / "final" / "atp" / "state.json").read_text()) for name in ("cut", "whole")]
+    assert states[0]["step"] == states[1]["step"]
 
 
 def test_a_machine_with_a_folder_of_its_own_has_random_states_of_its_own_processes(tmp_path: Path) -> None:
@@ -835,6 +862,15 @@ def test_layers_that_are_trained_whole_and_would_lose_parts_are_refused_before_t
         with pytest.raises(UnsupportedModelError, match=rf"{whole} is trained whole \(modules_to_save\)"):
             runs.trainer(tmp_path, runs.config(export=export), model=model).train()
     assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_layers_that_are_trained_whole_and_held_in_parts_are_refused_too(tmp_path: Path) -> None:
+    """ZeRO-3 leaves parameters without a shape of their own."""
+    model = runs.peft_model(target_modules=["q_proj"], modules_to_save=["down_proj"])
+    for parameter in (p for name, p in model.named_parameters() if "down_proj" in name):
+        parameter.ds_shape, parameter.ds_tensor = parameter.shape, parameter.data.flatten()
+        parameter.data = torch.empty(0)
+    assert "down_proj" in (_trained_whole(model) or "")
 
 
 def test_an_evaluation_set_may_share_rows_with_the_training_set(tmp_path: Path, caplog) -> None:

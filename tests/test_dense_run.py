@@ -61,6 +61,26 @@ def test_dense_run_leaves_an_adapter_and_measures_the_tuned_model(tmp_path):
     assert metrics["validation"]["nll"] < before
 
 
+def test_a_dense_run_resumed_where_it_ended_is_the_same(tmp_path):
+    """As where its measuring was cut."""
+    recipe = MINIMAL | {
+        "model": {"name_or_path": str(tiny.folder(tmp_path / "base")), "dtype": "float32"},
+        "data": {"train": str(tiny.jsonl(tmp_path / "train.jsonl", range(120))), "max_length": 16},
+        "atp": False,
+        "training": {"max_steps": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "disable_tqdm": True},
+        "output_dir": str(tmp_path / "run"),
+    }
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe))
+    assert main(["train", str(path)]) == 0
+    before = (run / "final" / "adapter_model.safetensors").read_bytes()
+    (run / "metrics.json").unlink()
+    assert main(["train", str(path), "--resume"]) == 0
+    assert (run / "final" / "adapter_model.safetensors").read_bytes() == before
+    assert [folder.name for folder in run.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert "train_loss" not in json.loads((run / "metrics.json").read_text())["training"]
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_emulated_bf16_is_named_before_anything_is_loaded(native, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(train, "computes_in_bf16", lambda: native)

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from atp.evaluation import peak_memory_mib, reset_peak_memory
+from atp.training.finished import FinishedRun
 from atp.training.journal import Journal
 
 
@@ -33,10 +34,11 @@ class PeakMemoryCallback(TrainerCallback):
         self.peak_mib = peak_memory_mib() if self._measurable else None
 
 
-class JournalCallback(TrainerCallback):
+class JournalCallback(FinishedRun):
     """Writes the journal of a run without pruning: what the Trainer logs."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._journal: Journal | None = None
 
     def on_train_begin(
@@ -48,5 +50,6 @@ class JournalCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A line."""
+        super().on_log(args, state, control, **kwargs)
         if self._journal is not None:
             self._journal.write(state.global_step, "log", kwargs["logs"])
