@@ -115,8 +115,9 @@ class ATPConfig:
     Other:
         impl: how layers compute: `"eager"` as they always do, times the masks. `"auto"` computes plain LoRA (not
             quantised, sharded, DoRA, or with a base that is trained) and its base layer as one operation, and only what
-            is kept where no gradient of a mask is asked for (between generator steps, and once the decision is final),
-            if every pruned layer is such a one or a frozen linear layer; values are the same up to rounding.
+            is kept where no gradient of a mask is asked for (once the decision is final, and between generator steps,
+            on a GPU only where `on_budget` gives widths that suit it), if every pruned layer is such a one or a frozen
+            linear layer; values are the same up to rounding.
             `"compact"` likewise, and is an error where not every layer is. `"triton"`: as `"auto"`, and blocks that
             are Llama's but for their attention apply masks in their norms, residual adds and SwiGLU, by Triton
             kernels; needs a GPU, and has not been timed on one.

@@ -44,7 +44,7 @@ CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     # (`protect` at its default), which is better on SmolLM2-135M.
     "flap": {"init_ranking": "standard", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "bias"},
 }
-"""What each criterion changes, as its authors run it; one that is not here, ours, runs as the recipe says (`_OURS`)."""
+"""What each criterion changes, as its authors run it; one that is not here, ours, see `_OURS`."""
 
 _SHARED = (
     "sparsity",
@@ -61,8 +61,8 @@ _SHARED = (
 )
 """What every strategy takes from the recipe: the task, not the way to solve it."""
 
-_OURS = ("init_tilt", "init_floor", "protect")
-"""What a criterion without authors takes from the recipe, where it is chosen for the model."""
+_OURS = ("init_ranking", "init_tilt", "init_floor", "protect")
+"""What a criterion without authors takes from a recipe that starts from it, where it is chosen for the model."""
 
 
 def timing_of(strategy: str) -> str:
@@ -93,7 +93,7 @@ def strategy_config(strategy: str, base: ATPConfig) -> ATPConfig | None:
 
     Args:
         base: the recipe's settings. Rivals take only the task from it: sparsity, space, seed, calibration rows; our own
-            criterion also how it ranks.
+            criterion, where the recipe starts from it, also how it ranks.
 
     Raises:
         ConfigError: on an unknown name, naming the nearest.
@@ -109,7 +109,8 @@ def strategy_config(strategy: str, base: ATPConfig) -> ATPConfig | None:
         return ATPConfig.paper(**shared)
     timing, criterion, named = _parse(strategy)
     changes = {"decision": "criterion", "init": criterion, "freeze_at": FREEZE_AT[timing]}
-    own = CRITERION_SETTINGS.get(criterion, {name: getattr(base, name) for name in _OURS})
+    ours = {name: getattr(base, name) for name in _OURS} if base.init == criterion else {}
+    own = CRITERION_SETTINGS.get(criterion, ours)
     return ATPConfig(**(shared | changes | own | named))
 
 

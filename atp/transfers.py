@@ -17,7 +17,8 @@ def together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for dtype in {tensor.dtype for tensor in tensors}:
         members = {i: tensor for i, tensor in enumerate(tensors) if tensor.dtype == dtype}
-        padded = [pad(tensor, (0, -len(tensor) % _ALIGNED)) for tensor in members.values()]
+        aligned = 1 if device.type == "cpu" else _ALIGNED
+        padded = [pad(t, (0, rest)) if (rest := -len(t) % aligned) else t for t in members.values()]
         parts = torch.cat(padded).to(device).split([len(part) for part in padded])
         found |= {i: part[: len(members[i])] for i, part in zip(members, parts, strict=True)}
     return [found[i] for i in range(len(tensors))]

@@ -66,9 +66,11 @@ def test_compensation_is_the_authors_unless_named():
 
 def test_a_criterion_without_an_entry_runs_with_defaults_and_ranks_as_the_recipe_says(monkeypatch):
     monkeypatch.setattr("atp.strategies.CRITERION_SETTINGS", {})
-    found = strategy_config("prune-then-tune:flap", dataclasses.replace(BASE, init_floor=0.8, lasso=0.3))
-    assert found.init_ranking == ATPConfig().init_ranking
-    assert (found.init_floor, found.lasso) == (0.8, ATPConfig().lasso)
+    chosen = dataclasses.replace(BASE, init="flap", init_ranking="block", init_floor=0.8, lasso=0.3)
+    found = strategy_config("prune-then-tune:flap", chosen)
+    assert (found.init_ranking, found.init_floor, found.lasso) == ("block", 0.8, ATPConfig().lasso)
+    found = strategy_config("prune-then-tune:flap", dataclasses.replace(chosen, init="activation"))
+    assert (found.init_ranking, found.init_floor) == (ATPConfig().init_ranking, ATPConfig().init_floor)
 
 
 @pytest.mark.parametrize(

@@ -227,8 +227,8 @@ def _decodes(full: _Layer, token: Tensor) -> list[Case]:
     compact, dense = (full.each(lambda one: one.compact), full.each(lambda one: one.dense))
 
     def case(name: str, layer: _Layer, one: Callable[[Tensor, _Linear], object], limit: float | None) -> Case:
-        copies = min(_MOST_COPIES, 1 + _BEYOND_CACHES // (layer.parameters * token.element_size()))
-        layers = [layer.each(lambda part: replace(part, weight=part.weight.clone())).linears for _ in range(copies)]
+        copies = range(_copies(layer.parameters * token.element_size()))
+        layers = [layer.each(lambda part: replace(part, weight=part.weight.clone())).linears for _ in copies]
         inputs = [token.new_ones(1, _inputs(part)) for part in layer.linears]
         turn = cycle(layers)
 
@@ -242,7 +242,7 @@ def _decodes(full: _Layer, token: Tensor) -> list[Case]:
     limit = compact.parameters / dense.parameters
     cases = [
         case("dense", dense, _decoded_by("eager"), None),
-        _copy_of(compact.parameters, token),
+        _copy_of(compact.parameters, token, _copies(compact.parameters * token.element_size())),
         case("index operations", compact, _decoded_by("eager"), limit),
     ]
     if uses_triton(token, "auto"):
@@ -291,11 +291,21 @@ def _width(chosen: Selection | None, stream: Tensor) -> int:
     return stream.shape[-1] if chosen is None else len(chosen.index)
 
 
-def _copy_of(elements: int, like: Tensor) -> Case:
-    """Reading and writing `elements` in all."""
-    source = torch.randn(elements // 2, device=like.device, dtype=like.dtype)
-    target = torch.empty_like(source)
-    return Case("copy of as many bytes", lambda: target.copy_(source))
+def _copies(moved: int) -> int:
+    """So many that what one of them moves, in bytes, is in no cache when its turn comes again."""
+    return min(_MOST_COPIES, 1 + _BEYOND_CACHES // moved)
+
+
+def _copy_of(elements: int, like: Tensor, copies: int = 1) -> Case:
+    """Reading and writing `elements` in all, of one of so many copies at a call."""
+    sources = [torch.randn(elements // 2, device=like.device, dtype=like.dtype) for _ in range(copies)]
+    turn = cycle([(torch.empty_like(source), source) for source in sources])
+
+    def call() -> Tensor:
+        target, source = next(turn)
+        return target.copy_(source)
+
+    return Case("copy of as many bytes", call)
 
 
 def _with_triton(like: Tensor, call: Callable[[], object]) -> list[Case]:

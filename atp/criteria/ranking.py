@@ -117,8 +117,10 @@ def standardised(scores: Mapping[str, Tensor], space: Space, by_group: bool = Tr
 
 def z_scores(values: Tensor) -> Tensor:
     """`values` less their mean, over their standard deviation; zeros where all are alike."""
-    centred = values - values.mean()
-    return centred / centred.square().mean().sqrt().clamp_min(torch.finfo(centred.dtype).tiny)
+    centred = values.double() - values.double().mean()
+    deviation = centred.square().mean().sqrt()
+    alike = deviation <= torch.finfo(values.dtype).eps * values.abs().max()
+    return torch.where(alike, 0.0, centred / deviation).to(values.dtype)
 
 
 def _switches(scores: Mapping[str, Tensor], space: Space, compared: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ taylor2     |mean(g) - mean(g^2) / 2|: the second-order expansion of L(m = 1) - 
 random      uniform
 
 Weights are read at the columns of layers that consume a group, where any do, else at the rows of those that write it.
-`magnitude`, `activation` and `flap` can give z-scores of features, taken in each layer by itself and averaged over what
-a group owns (FLAP's "AL-AM").
+`magnitude`, `activation` and `flap` can give z-scores of features, taken in each layer by itself (of several that read
+the same dimensions, of their sum) and averaged over what a group owns (FLAP's "AL-AM").
 """
 
 from collections import Counter

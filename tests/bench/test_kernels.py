@@ -77,3 +77,14 @@ def test_limits_are_the_share_of_weights_that_stay(base, space):
         for case in of_bench:
             case.call()
             case.call()
+
+
+def test_decoding_is_compared_with_copies_that_no_cache_holds(base):
+    [copy] = [
+        case
+        for case in kernel_cases(base, ATPConfig(space="width", sparsity=0.5, round_to=1), TOKENS)["decode, one token"]
+        if case.name.startswith("copy")
+    ]
+    targets = [copy.call() for _ in range(kernels._MOST_COPIES + 1)]
+    assert len({id(target) for target in targets}) == kernels._MOST_COPIES
+    assert targets[0] is targets[-1]

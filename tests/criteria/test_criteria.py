@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from atp.criteria import scores, statistics
-from atp.criteria.ranking import default_protect, rank, standardised, starting_logits
+from atp.criteria.ranking import default_protect, rank, standardised, starting_logits, z_scores
 from atp.criteria.statistics import curvatures, input_moments
 from atp.criteria.surgeon import refitted, removal_costs
 from atp.layers import Attachment, attach
@@ -323,6 +323,13 @@ def test_block_ranking_takes_no_larger_share_of_few_large_groups(sparsity, left)
     space = build_space(discover(tiny.model(**sizes)), "width", round_to=1)
     masks = project(rank(scores.random(space, 0), space, "block", (0, 0)), space, sparsity)
     assert [masks[f"{block}.kv"].sum().item() for block in range(4)] == [left] * 4
+
+
+def test_where_all_are_alike_none_stands_out() -> None:
+    """Rounding would: the mean of 48 times 0.1 is not 0.1."""
+    for value, size in ((0.1, 48), (1.7e-3, 576), (0.0, 3)):
+        assert not z_scores(torch.full((size,), value)).any()
+    assert z_scores(torch.tensor([1.0, 1.0, 1.0 + 1e-3]))[2] == pytest.approx(2**0.5, rel=1e-3)
 
 
 def test_standardised_features_are_averaged_over_what_a_group_owns() -> None:
