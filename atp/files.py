@@ -78,6 +78,11 @@ def written_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def begun_beside(out: Path) -> list[Path]:
+    """What a kill left of writing `out` beside itself."""
+    return sorted(out.parent.glob(f".{out.name}.*.tmp"))
+
+
 @contextmanager
 def file_written_beside(out: Path) -> Iterator[Path]:
     """A path beside `out` for a fresh file, which takes its place when the block ends well, else vanishes.

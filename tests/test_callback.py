@@ -719,11 +719,14 @@ def test_only_checkpoints_that_a_kill_cut_short_are_set_aside(tmp_path: Path) ->
     runs.trainer(tmp_path, runs.config(), **settings).train()
     (tmp_path / "checkpoint-7").mkdir()  # somebody's
     (tmp_path / "checkpoint-2" / "rng_state_1.pth").write_text("of an earlier run with more processes")
-    assert state.set_aside_unfinished(tmp_path) == []
+    assert state.set_aside_unfinished(tmp_path, plain=True) == []
     for name in ("_unfinished-checkpoint-4", "_unfinished-checkpoint-4-2"):
         state.not_finished_yet(tmp_path / "checkpoint-4")
         assert [p.name for p in state.set_aside_unfinished(tmp_path)] == [name]
         shutil.copytree(tmp_path / name, tmp_path / "checkpoint-4")
+    shutil.rmtree(tmp_path / "checkpoint-4")  # killed while ours was written, which comes first
+    (tmp_path / "checkpoint-4" / ".atp.99.tmp").mkdir(parents=True)
+    assert [p.name for p in state.set_aside_unfinished(tmp_path)] == ["_unfinished-checkpoint-4-3"]
 
 
 def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,6 +333,36 @@ def test_a_run_that_is_refused_to_go_on_keeps_its_recipe(recipe, tmp_path):
     assert kept.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--model.dtype", "bfloat16", "model.dtype: float32 there, bfloat16 now"),
+        ("--lora.lora_alpha", "64", "lora.lora_alpha: 32 there, 64 now"),
+        ("--lora.r", "2", "lora.r: "),
+        ("--data.max_length", "8", "data.max_length: "),
+        ("--atp", "false", "atp: True there, False now"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_recipe_only(recipe, tmp_path, capsys, option, value, message):
+    recipe["training"]["max_steps"] = 2
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    (run / "metrics.json").unlink()
+    before = (run / "recipe.yaml").read_text()
+    assert message in refused(capsys, "train", path, "--resume", option, value)
+    assert (run / "recipe.yaml").read_text() == before
+
+
+def test_what_is_measured_may_change_while_a_run_goes_on_and_what_was_begun_is_removed(recipe, tmp_path):
+    recipe["training"]["max_steps"] = 2
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    (run / "metrics.json").unlink()
+    (run / ".pruned.99.tmp").mkdir()
+    assert main(["train", path, "--resume", "--data.validation_windows", "2"]) == 0
+    assert not (run / ".pruned.99.tmp").exists()
+
+
 def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
     run = tmp_path / "run"
     for name in ("checkpoint-99", "recovered", ".recovered.unfinished"):
@@ -384,8 +414,10 @@ def test_an_interrupted_run_says_how_to_go_on(recipe, tmp_path, capsys, monkeypa
     assert ("in place of --overwrite" in line) == bool(option)
 
 
-def test_a_checkpoint_that_a_kill_left_unfinished_is_set_aside(recipe, tmp_path, capsys):
+@pytest.mark.parametrize("pruned", [True, False])
+def test_a_checkpoint_that_a_kill_left_unfinished_is_set_aside(recipe, tmp_path, capsys, pruned):
     recipe["training"]["max_steps"] = 4
+    recipe["atp"] = recipe.get("atp", {}) if pruned else False
     path, run = written(recipe, tmp_path), tmp_path / "run"
     assert main(["train", path]) == 0
     unfinished = run / "checkpoint-4" / "trainer_state.json"

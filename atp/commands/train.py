@@ -28,11 +28,12 @@ from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.files import check_place, keep_apart, remove, write_json, write_text
+from atp.files import begun_beside, check_place, keep_apart, remove, write_json, write_text
 from atp.journal import JOURNAL
 from atp.models import load_tokenizer
 from atp.recipe import Recipe, refused_by_library
 from atp.report import write_report
+from atp.report.values import changes, flat
 from atp.training.state import set_aside_unfinished
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,8 @@ _RUN_FILES = (
     *(".final.*", ".pruned.*", ".recovered.*"),  # of what was interrupted
     *("metrics.json", "recipe.yaml", "report.html", JOURNAL),
 )
+_MEASURED = {"validation", "validation_split", "validation_windows", "tasks", "task_rows"}
+"""Of `data`, what is looked at and not learned."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.overwrite:
             _keep_what_is_read(recipe)
     _require_unfinished(recipe, checkpoint)
+    _require_same(recipe, checkpoint)
     if first and training.bf16 and not computes_in_bf16():
         logger.warning("atp: this CPU has no bfloat16 arithmetic: --training.bf16 false is several times faster here")
     tokenizer = load_tokenizer(recipe.model.name_or_path, recipe.model.gguf_file)
@@ -126,10 +130,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _write(recipe: Recipe, results: dict[str, Any]) -> None:
-    """`metrics.json`, the model card anew, and the page."""
-    write_json(Path(recipe.output_dir) / "metrics.json", results)
+    """The model card anew, `metrics.json`, and the page."""
     if recipe.atp and recipe.atp.export:
         rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
+    write_json(Path(recipe.output_dir) / "metrics.json", results)  # from now on it has ended
     print_report(write_report(recipe.output_dir))
 
 
@@ -151,7 +155,7 @@ def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool, ea
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
     check_place(output_dir)
     if resume and first:
-        set_aside_unfinished(output_dir, each_machine)
+        set_aside_unfinished(output_dir, each_machine, plain=True)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if resume and found:
         return _intact(Path(found))
@@ -183,6 +187,29 @@ def _require_unfinished(recipe: Recipe, checkpoint: str | None) -> None:
         )
 
 
+def _require_same(recipe: Recipe, checkpoint: str | None) -> None:
+    """The callback sees to its own settings; the rest of what has been learned so far was of the recipe beside it."""
+    kept = Path(recipe.output_dir) / "recipe.yaml"
+    if checkpoint is None or not kept.is_file():
+        return
+    try:
+        there = Recipe.from_yaml(kept)
+    except ConfigError:  # another version's
+        return
+    if changed := changes(_learned(there), _learned(recipe)):
+        raise ConfigError(
+            f"{kept} is of another run ({', '.join(changed[:3])}): go on with the same settings; where something has "
+            "only moved, say so in that file"
+        )
+
+
+def _learned(recipe: Recipe) -> dict[str, Any]:
+    """Model, adapter and training rows, and whether anything is pruned: flat."""
+    values = recipe.to_dict()
+    data = {name: value for name, value in values["data"].items() if name not in _MEASURED}
+    return flat({"model": values["model"], "data": data, "lora": values["lora"], "atp": recipe.atp is not None})
+
+
 def _intact(checkpoint: Path) -> str:
     """The path, if the Trainer's own files in it can be opened; the callback checks its own."""
     try:
@@ -200,7 +227,8 @@ def _intact(checkpoint: Path) -> str:
 
 def _prepare(output_dir: Path, overwrite: bool) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
-    for path in _left_by_a_run(output_dir) if overwrite else ():
+    begun = [path for name in ("final", "pruned") for path in begun_beside(output_dir / name)]
+    for path in _left_by_a_run(output_dir) if overwrite else begun:
         remove(path)
 
 

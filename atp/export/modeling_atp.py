@@ -75,6 +75,7 @@ def _model_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     body = {
         "__init__": init,
         "from_pretrained": classmethod(from_pretrained),
+        "_get_name": lambda _: stock.__name__,  # by which the Trainer knows whether label smoothing shifts labels
         "_get_static_cache_init_shape": lambda _: None,  # as layers first run: one head count is not all layers'
         "__module__": __name__,
         "_auto_class": "AutoModelForCausalLM",

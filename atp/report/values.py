@@ -64,6 +64,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that differ, both flat, as `atp.sparsity: 0.4 there, 0.5 now`."""
+    return [
+        f"{key}: {there.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key)
+    ]
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether a smaller value of a metric of that name is the better one; after a comma stands a filter's name."""
     return not _LOWER.isdisjoint(re.split(r"[^a-z]+", metric.partition(",")[0].lower()))

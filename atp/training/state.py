@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from atp.errors import CheckpointError
-from atp.files import written_by_one
+from atp.files import begun_beside, written_by_one
 from atp.structure.sharding import shape_of, whole
 from atp.weights import write_weights
 
@@ -81,21 +81,24 @@ def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, An
         )
 
 
-def set_aside_unfinished(output_dir: Path, each_machine: bool = False) -> list[Path]:
+def set_aside_unfinished(output_dir: Path, each_machine: bool = False, plain: bool = False) -> list[Path]:
     """Rename checkpoints that were being written when their run was killed, so that nothing goes on from them; say so.
 
     Their state of ours is written first; the Trainer's `trainer_state.json` last, but for the random states of other
-    processes than the first. Checkpoints without such a state are not touched.
+    processes than the first. Checkpoints without such a state are not touched, unless `plain`.
 
     Args:
         each_machine: whether each has a folder of its own (`save_on_each_node`), with random states of its processes.
+        plain: whether adapters that nothing was pruned beside are such checkpoints too.
 
     Returns:
         What they are called now.
     """
     aside = []
     for checkpoint in sorted(output_dir.glob("checkpoint-*")):
-        if (checkpoint / FOLDER).is_dir() and not _is_finished(checkpoint, each_machine):
+        state = checkpoint / FOLDER
+        ours = state.is_dir() or begun_beside(state) or (plain and (checkpoint / "adapter_config.json").exists())
+        if ours and not _is_finished(checkpoint, each_machine):
             names = (f"_unfinished-{checkpoint.name}{end}" for end in chain([""], map("-{}".format, count(2))))
             free = (path for name in names if not (path := checkpoint.with_name(name)).exists())
             aside.append(checkpoint.rename(next(free)))

@@ -7,6 +7,8 @@ import copy
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
 
 from atp import load
 from atp.errors import UnsupportedModelError
@@ -48,6 +50,19 @@ def test_a_second_export_computes_what_the_second_masked_model_does(family, firs
         assert entry["widths"]["mlp"]["full"] == once.space.structure.blocks[0].mlp.intermediate_size
     assert (type(twice) is type(families.build(family))) == plain
     assert ("blocks" in entry) != plain
+
+
+@pytest.mark.parametrize("space", ["width", "disp"])
+def test_label_smoothing_looks_at_the_next_token_of_a_pruned_model_too(space, tmp_path):
+    """The Trainer knows causal LMs by their classes' names. Oracle: torch's own smoothed cross-entropy."""
+    model = copy.deepcopy(exported("llama", space).loaded)
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to="none")
+    tokens = families.tokens()
+    for tuned in (model, families.with_lora(model)):
+        found = Trainer(tuned, arguments).compute_loss(tuned.eval(), {"input_ids": tokens, "labels": tokens})
+        logits = tuned(input_ids=tokens).logits[:, :-1].flatten(0, 1)
+        expected = cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=0.1)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_third_run_goes_on_from_the_second(tmp_path):

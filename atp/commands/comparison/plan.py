@@ -14,7 +14,7 @@ from atp.config import ATPConfig
 from atp.errors import ConfigError
 from atp.models import load_tokenizer
 from atp.recipe import Recipe
-from atp.report.values import flat
+from atp.report.values import changes, flat
 from atp.strategies import DENSE, strategy_config
 from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
@@ -116,11 +116,7 @@ def differences(row: Mapping[str, Any], run: Run) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     there, now = (_in_use(each if recipe.data.tasks else _untasked(each)) for each in (recipe, run.recipe))
-    return [
-        f"{key}: {there.get(key, 'nothing')} there, {now.get(key, 'nothing')} now"
-        for key in sorted(there | now)
-        if there.get(key) != now.get(key)
-    ]
+    return changes(there, now)
 
 
 def _untasked(recipe: Recipe) -> Recipe:
