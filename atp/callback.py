@@ -36,6 +36,7 @@ from atp.structure.budget import target_parameters
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import causal_lm, is_adapters
+from atp.structure.sample import base_sample
 from atp.structure.sharding import held, is_sharded, settle, shape_of, whole
 from atp.structure.space import Space
 from atp.subset import evenly_spread
@@ -47,6 +48,7 @@ from atp.training.learner import COMPENSATED, DecisionLearner
 from atp.training.monitor import Monitor
 from atp.training.run import PruningRun
 from atp.training.state import (
+    BASE,
     FOLDER,
     check_same_run,
     load_state,
@@ -100,6 +102,7 @@ class ATPCallback(TrainerCallback):
         self._resume_from = resume_from_checkpoint
         self._calibration_hashes: set[str] = set()
         self._run: PruningRun | None = None
+        self._base: list[float] | None = None
         self._learning_rate = 0.0
         self._loss_scale = 1.0
         self._saved_step: int | None = None
@@ -148,6 +151,7 @@ class ATPCallback(TrainerCallback):
         space = self._space(model)
         if self._run is not None and attachment_of(model) is self.learner.attachment:
             self._let_go(model)
+        self._base = base_sample(model, space.structure)
         self._run, self._monitor, attachment = None, None, attach(model, space)
         try:
             self._start(args, state, model, loader, attachment)
@@ -367,11 +371,12 @@ class ATPCallback(TrainerCallback):
                 f"{type(model).__name__} has no LoRA: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
             )
         config, lm = self.config, causal_lm(model)
+        structure = discover(model)
         if trained_whole := _trained_whole(lm):
             raise UnsupportedModelError(
                 f"{trained_whole} is trained whole (modules_to_save) and would lose parts: leave it to target_modules"
             )
-        space = build_space(discover(model), config.space, config.uniform, config.round_to)
+        space = build_space(structure, config.space, config.uniform, config.round_to)
         target_parameters(space, config.sparsity)
         paths = [linear.path for linear in space.linears]
         if not any(isinstance(lm.get_submodule(path), LoraLayer) for path in paths):
@@ -436,7 +441,12 @@ class ATPCallback(TrainerCallback):
 
     def _identity(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
-        return {"config": self.config.to_dict(), "world_size": args.world_size, "total_steps": state.max_steps}
+        return {
+            BASE: self._base,
+            "config": self.config.to_dict(),
+            "world_size": args.world_size,
+            "total_steps": state.max_steps,
+        }
 
     def _save(
         self,

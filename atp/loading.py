@@ -14,7 +14,9 @@ from atp.errors import CheckpointError, ConfigError, in_one_line
 from atp.export.loading import load as load_exported
 from atp.models import load_model, load_tokenizer
 from atp.recipe import ModelSettings, Recipe
-from atp.training.state import FOLDER, VALUES
+from atp.structure.discovery import discover
+from atp.structure.sample import base_sample, is_another
+from atp.training.state import BASE, FOLDER, VALUES
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -132,16 +134,18 @@ def _load_tuned(adapter: Path, base: ModelSettings, dtype: Any = None, **kwargs:
     return model
 
 
-def _ended_with(adapter: Path) -> list[str]:
+def _values(adapter: Path) -> dict[str, Any]:
+    """What a run has saved beside its tensors; nothing, where nothing was pruned or it cannot be read."""
     try:
-        names: list[str] = json.loads((adapter / FOLDER / VALUES).read_text(encoding="utf-8"))[ADAPTERS]
-    except (OSError, ValueError, KeyError, TypeError):  # of a checkpoint, an earlier version, or nothing was pruned
-        return ["default"]
-    return names
+        values = json.loads((adapter / FOLDER / VALUES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> PeftModel:
-    if (names := _ended_with(adapter)) != ["default"]:
+    names = _values(adapter).get(ADAPTERS, ["default"])  # nothing of them: a checkpoint, or an earlier version
+    if names != ["default"]:
         raise CheckpointError(
             f"{adapter}: the run ended with the adapters {', '.join(names)}, and only one called 'default' can be "
             "loaded: take what it has exported, or load them with PEFT"
@@ -150,8 +154,14 @@ def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> Peft
         raise CheckpointError(f"{adapter / _WEIGHTS} is missing: train or export again")
     lm = load_model(base.name_or_path, base.gguf_file, dtype or base.dtype, base.bits)
     try:
-        return PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
+        model = PeftModel.from_pretrained(lm, str(adapter), is_trainable=True)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{adapter}: does not fit {base.name_or_path} or is damaged ({in_one_line(error)})"
         ) from error
+    if (tuned := _values(adapter).get(BASE)) and is_another(tuned, base_sample(model, discover(model))):
+        raise CheckpointError(
+            f"{adapter}: was tuned on a model of other weights than {base.name_or_path}: give base (on the command "
+            "line, --base)"
+        )
+    return model

@@ -198,6 +198,9 @@ def load_with(loader: Any, name: str, what: str, arguments: dict[str, Any]) -> A
     except ATPError:
         raise
     except Exception as error:  # loaders raise OSError, ValueError, KeyError, safetensors and hub errors alike
+        for run in (path, path.parent):
+            if (run / "final" / "adapter_config.json").is_file() and not (path / "config.json").exists():
+                raise ModelError(f"{name} is of a run, and no model: give {run / 'pruned'}, its pruned one") from None
         raise ModelError(
             f"{name}: the {what} cannot be loaded, check the name and the network: {in_one_line(error)}"
         ) from None

@@ -658,6 +658,17 @@ def test_a_checkpoint_of_another_folder_is_to_be_named_to_the_callback_too(tmp_p
         runs.trainer(tmp_path / "b", runs.config()).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_run_goes_on_beside_its_own_base_model_only(tmp_path: Path) -> None:
+    runs.trainer(tmp_path, runs.config(), save_strategy="steps", save_steps=4, max_steps=4).train()
+    other = runs.peft_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    run = runs.trainer(tmp_path, runs.config(), model=other, max_steps=4)
+    with pytest.raises(CheckpointError, match="checkpoint-4: was saved beside another base model"):
+        run.train(resume_from_checkpoint=True)
+
+
 _BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
 

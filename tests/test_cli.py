@@ -325,6 +325,27 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     assert "no final/adapter_config.json" in refused(capsys, "export", run / "pruned", tmp_path / "out")
 
 
+def test_the_folder_of_a_run_is_no_model_and_a_file_no_folder_to_export_to(recipe, tmp_path, capsys):
+    recipe["training"]["max_steps"] = 2
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    run, mine = tmp_path / "run", tmp_path / "mine.txt"
+    for folder in (run, run / "final"):
+        line = refused(capsys, "eval", folder, "--data", recipe["data"]["validation"])
+        assert f"{folder} is of a run, and no model: give {run / 'pruned'}" in line
+    mine.write_text("kept")
+    assert f"{mine} is a file, no folder" in refused(capsys, "export", run, mine, "--overwrite")
+    assert mine.read_text() == "kept"
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(recipe, tmp_path, capsys, monkeypatch):
+    def missing():
+        raise RuntimeError("Tracker requires tracker to be installed")
+
+    monkeypatch.setattr("atp.commands.train.get_reporting_integration_callbacks", lambda _: [missing])
+    recipe["model"]["name_or_path"] = "./none"
+    assert "training: Tracker requires tracker" in refused(capsys, "train", written(recipe, tmp_path))
+
+
 def test_a_run_that_is_refused_to_go_on_keeps_its_recipe(recipe, tmp_path):
     path, kept = written(recipe, tmp_path), tmp_path / "run" / "recipe.yaml"
     assert main(["train", path]) == 0

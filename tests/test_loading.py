@@ -87,6 +87,17 @@ def test_a_moved_base_is_asked_for(finished, tmp_path):
     assert families.relative_error(logits(load(run, base=str(base)).eval()), logits(finished[1])) <= 1e-6
 
 
+def test_a_base_of_other_weights_is_refused(finished, tmp_path):
+    other = tiny.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    other.save_pretrained(tmp_path / "other")
+    for read in (load, load_dense):
+        with pytest.raises(CheckpointError, match="was tuned on a model of other weights than .*other: give base"):
+            read(finished[0], base=str(tmp_path / "other"))
+
+
 def test_a_run_without_pruning_loads_without_masks(finished, tmp_path):
     run = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(run / "final" / "atp")

@@ -77,6 +77,8 @@ def _check(arguments: argparse.Namespace, out: Path) -> None:
         raise ConfigError(f"{out}: a gguf is one file: give a name that ends in .gguf")
     keep_apart(out, Path(arguments.run_dir))
     check_place(out.resolve().parent)
+    if arguments.format != "gguf":
+        check_place(out)
     if out.exists() and not arguments.overwrite:
         raise CheckpointError(f"{out} exists: choose another name or give --overwrite")
 

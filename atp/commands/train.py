@@ -16,7 +16,7 @@ from typing import Any
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations import get_reporting_integration_callbacks, unset_hf_deepspeed_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from atp.callback import ATPCallback, save_adapters
@@ -68,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"training: metric_for_best_model={training.metric_for_best_model} is not allowed: evaluations measure the "
             "loss only: leave it out"
         )
+    _require_trackers(training)
     _take_one_gpu(training)
     first = training.process_index == 0
     with training.main_process_first(local=False, desc="checkpoints"):
@@ -135,6 +136,13 @@ def _write(recipe: Recipe, results: dict[str, Any]) -> None:
         rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
     write_json(Path(recipe.output_dir) / "metrics.json", results)  # from now on it has ended
     print_report(write_report(recipe.output_dir))
+
+
+def _require_trackers(training: TrainingArguments) -> None:
+    """The Trainer makes them too, when the model has been loaded and measured."""
+    with refused_by_library("training", ValueError, RuntimeError, ImportError):
+        for tracker in get_reporting_integration_callbacks(training.report_to):
+            tracker()
 
 
 def _take_one_gpu(training: TrainingArguments) -> None:

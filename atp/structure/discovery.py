@@ -125,6 +125,8 @@ def discover(model: nn.Module) -> Structure:
         bare = lm.get_output_embeddings() is None
         why = "is a bare decoder: load it with AutoModelForCausalLM" if bare else "hides its decoder: not supported"
         raise UnsupportedModelError(f"{type(lm).__name__} {why}")
+    if lm.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(lm).__name__} is no causal LM: load it with AutoModelForCausalLM")
     plan = _plan(lm, stack)
     container = _container(plan)
     prefix = f"{lm.base_model_prefix}."

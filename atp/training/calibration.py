@@ -149,7 +149,8 @@ def hold_out(loader: DataLoader, rows: int, batch_size: int, seed: int) -> list[
     if wanted < batch_size:
         raise CalibrationError(
             f"the training set's {len(dataset)} rows are too few to hold out {batch_size} for calibration: "
-            "pass ATPCallback(config, calibration_dataset=...) or lower calibration_batch_size"
+            "give a calibration set (data.calibration, ATPCallback(calibration_dataset=...)) or lower "
+            "calibration_batch_size"
         )
     owner = _owner_of_sampler(loader)
     if isinstance(owner.sampler, _HoldOutSampler):

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from atp.errors import CheckpointError
 from atp.files import begun_beside, written_by_one
+from atp.structure.sample import is_another
 from atp.structure.sharding import shape_of, whole
 from atp.weights import write_weights
 
 FOLDER = "atp"
 TENSORS, VALUES = "state.safetensors", "state.json"
+BASE = "base"
+"""In a saved state: numbers of the base model that it belongs to."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +61,14 @@ def load_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def check_same_run(folder: Path, saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse state that another run saved: another configuration, number of processes, or number of steps.
+    """Refuse state that another run saved: another base model, configuration, number of processes, or of steps.
 
     Args:
-        saved, mine: `config` (plain values), `world_size` and `total_steps`, as saved and as they are now.
+        saved, mine: `BASE` (`structure.sample`), `config` (plain values), `world_size` and `total_steps`, as saved and
+            as they are now.
     """
+    if is_another(saved.get(BASE), mine[BASE]):
+        raise CheckpointError(f"{folder}: was saved beside another base model, of other weights: use the same")
     changed = [
         f"{key}: {saved['config'].get(key)} -> {value}"
         for key, value in mine["config"].items()

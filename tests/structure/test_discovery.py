@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from atp.errors import ConfigError, UnsupportedModelError
 from atp.structure.building import build_space, default_round_to
@@ -140,6 +140,11 @@ def test_unknown_modules_in_a_block_are_refused_by_name(where, module):
     model.get_submodule(parent).add_module(name, module)
     with pytest.raises(UnsupportedModelError, match=where.replace(".", r"\.")):
         discover(model)
+
+
+def test_a_classifier_is_refused():
+    with pytest.raises(UnsupportedModelError, match="LlamaForSequenceClassification is no causal LM: load it with"):
+        discover(LlamaForSequenceClassification(families.build("llama").config))
 
 
 def test_a_bare_decoder_is_refused():
