@@ -371,12 +371,11 @@ class ATPCallback(TrainerCallback):
                 f"{type(model).__name__} has no LoRA: wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
             )
         config, lm = self.config, causal_lm(model)
-        structure = discover(model)
-        if trained_whole := _trained_whole(lm):
+        if lm.get_output_embeddings() is not None and (trained_whole := _trained_whole(lm)):
             raise UnsupportedModelError(
                 f"{trained_whole} is trained whole (modules_to_save) and would lose parts: leave it to target_modules"
             )
-        space = build_space(structure, config.space, config.uniform, config.round_to)
+        space = build_space(discover(model), config.space, config.uniform, config.round_to)
         target_parameters(space, config.sparsity)
         paths = [linear.path for linear in space.linears]
         if not any(isinstance(lm.get_submodule(path), LoraLayer) for path in paths):

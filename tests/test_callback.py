@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     EarlyStoppingCallback,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -876,6 +877,14 @@ def test_layers_that_are_trained_whole_and_would_lose_parts_are_refused_before_t
         with pytest.raises(UnsupportedModelError, match=rf"{whole} is trained whole \(modules_to_save\)"):
             runs.trainer(tmp_path, runs.config(export=export), model=model).train()
     assert not (tmp_path / "journal.jsonl").exists()
+
+
+def test_a_classifier_is_refused_as_one_and_not_for_its_head_that_is_trained(tmp_path: Path) -> None:
+    model = get_peft_model(
+        LlamaForSequenceClassification(tiny.model().config), LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+    )
+    with pytest.raises(UnsupportedModelError, match="LlamaForSequenceClassification is no causal LM"):
+        runs.trainer(tmp_path, runs.config(), model=model).train()
 
 
 def test_layers_that_are_trained_whole_and_held_in_parts_are_refused_too(tmp_path: Path) -> None:

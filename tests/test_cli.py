@@ -303,8 +303,10 @@ def test_formats_of_an_export(recipe, tmp_path, capsys, monkeypatch):
     assert asked[1][1:] == ("f16", True)
     assert not list(tmp_path.glob(".model.gguf*"))
 
-    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "old").write_bytes(b"mine")
     assert main(["export", str(run), str(tmp_path / "mine"), "--overwrite"]) == 0
+    assert not (tmp_path / "mine" / "old").exists()
     assert not list(tmp_path.glob(".*.old"))
     for source, out in ((run / "final", run), (run / "final", run / "final"), (run, run / "final"), (run, tmp_path)):
         assert "which would be replaced" in refused(capsys, "export", source, out, "--overwrite")
