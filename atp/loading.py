@@ -144,7 +144,8 @@ def _values(adapter: Path) -> dict[str, Any]:
 
 
 def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> PeftModel:
-    names = _values(adapter).get(ADAPTERS, ["default"])  # nothing of them: a checkpoint, or an earlier version
+    values = _values(adapter)
+    names = values.get(ADAPTERS, ["default"])  # nothing of them: a checkpoint, or an earlier version
     if names != ["default"]:
         raise CheckpointError(
             f"{adapter}: the run ended with the adapters {', '.join(names)}, and only one called 'default' can be "
@@ -159,7 +160,7 @@ def _with_adapter(adapter: Path, base: ModelSettings, dtype: Any = None) -> Peft
         raise CheckpointError(
             f"{adapter}: does not fit {base.name_or_path} or is damaged ({in_one_line(error)})"
         ) from error
-    if (tuned := _values(adapter).get(BASE)) and is_another(tuned, base_sample(model, discover(model))):
+    if (tuned := values.get(BASE)) and is_another(tuned, base_sample(model, discover(model))):
         raise CheckpointError(
             f"{adapter}: was tuned on a model of other weights than {base.name_or_path}: give base (on the command "
             "line, --base)"

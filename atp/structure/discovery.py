@@ -121,12 +121,11 @@ def discover(model: nn.Module) -> Structure:
         )
     _refuse_pruned_otherwise(lm)
     stack = lm.base_model
-    if stack is lm:
-        bare = lm.get_output_embeddings() is None
-        why = "is a bare decoder: load it with AutoModelForCausalLM" if bare else "hides its decoder: not supported"
-        raise UnsupportedModelError(f"{type(lm).__name__} {why}")
     if lm.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{type(lm).__name__} is no causal LM: load it with AutoModelForCausalLM")
+        what = "is a bare decoder" if stack is lm else "is no causal LM"
+        raise UnsupportedModelError(f"{type(lm).__name__} {what}: load it with AutoModelForCausalLM")
+    if stack is lm:
+        raise UnsupportedModelError(f"{type(lm).__name__} hides its decoder: not supported")
     plan = _plan(lm, stack)
     container = _container(plan)
     prefix = f"{lm.base_model_prefix}."
