@@ -18,7 +18,10 @@ from atp.errors import ConfigError
 COMBINING = ("width", "hidden", "depth")
 """Spaces that may be joined by `+`."""
 
-SPACES = (*COMBINING, "disp")
+ALONE = ("values", "disp")
+"""Those that may not."""
+
+SPACES = (*COMBINING, *ALONE)
 MODES = ("joint", "alternating")
 DECISIONS = ("generator", "logits", "criterion")
 CRITERIA = ("surgeon", "activation", "flap", "magnitude", "taylor", "taylor2", "random")
@@ -46,9 +49,12 @@ class ATPConfig:
             linear layers; embeddings, head and norms are not counted.
         space: `"width"` (KV groups and MLP channels), `"hidden"` (residual dimensions, the same in the whole model),
             `"depth"` (attentions and MLPs as a whole; the first block stays), several of these joined by `+` or given
-            as a list, or `"disp"` (per-block residual dimensions and MLP channels).
+            as a list, `"values"` (dimensions of attention's values and MLP channels: where KV heads are too few to lose
+            any; best on a model that `atp rotate` has written), or `"disp"` (per-block residual dimensions and MLP
+            channels).
         uniform: give every block the same widths (each still chooses which dimensions), and let whole blocks go in
-            `depth`: the result is then a plain Hugging Face folder. Not in `disp`; `hidden` is plain as it is.
+            `depth`: the result is then a plain Hugging Face folder. Not in `values` and `disp`; `hidden` is plain as it
+            is.
         round_to: kept widths are multiples of this, KV groups apart; `None` takes 128 for widths from 8,192 on, 64 from
             2,048 on, 16 from 512 on, else 1.
 
@@ -242,8 +248,8 @@ class ATPConfig:
             )
         if self.decision == "criterion" and self.init == "ones":
             raise ConfigError("decision='criterion' needs a criterion in init, not 'ones': set init to activation")
-        if self.uniform and self.space == "disp":
-            raise ConfigError("uniform=True makes nothing plain in space='disp': set uniform to false")
+        if self.uniform and self.space in ALONE:
+            raise ConfigError(f"uniform=True makes nothing plain in space={self.space!r}: set uniform to false")
 
     @property
     def alternates(self) -> bool:
@@ -322,7 +328,8 @@ def space_parts(space: str) -> tuple[str, ...]:
         ConfigError: where there is no such space.
     """
     given = str(space).split("+")
-    if (given != ["disp"] and not set(given) <= set(COMBINING)) or len(set(given)) < len(given):
+    alone = len(given) == 1 and given[0] in ALONE
+    if not (alone or set(given) <= set(COMBINING)) or len(set(given)) < len(given):
         raise ConfigError(
             f"space={space!r} is not allowed: it must be one of {', '.join(SPACES)}, or several of "
             f"{', '.join(COMBINING)} joined by +"

@@ -59,7 +59,7 @@ from tests import families, runs, tiny
 
 WAYS = [
     *(("joint", "width"), ("joint", "disp"), ("alternating", "width"), ("alternating", "disp")),
-    *(("joint", "depth"), ("joint", "hidden"), ("alternating", "width+hidden+depth")),
+    *(("joint", "depth"), ("joint", "hidden"), ("joint", "values"), ("alternating", "width+hidden+depth")),
 ]
 
 

@@ -32,7 +32,7 @@ def removal_costs(weight: Tensor, gram: Tensor, owner: Tensor) -> Tensor:
     Args:
         weight: `(out_features, in_features)`; for costs in loss, S^(1/2) times the weight.
         gram: G, `(in_features, in_features)`.
-        owner: the group of each input, `(in_features,)`.
+        owner: the group of each input, `(in_features,)`; groups are of one size.
     """
     weight, inverse = weight.float().clone(), torch.linalg.inv(_damped(gram).double()).float()
     groups = int(owner.max()) + 1
@@ -109,11 +109,11 @@ def _errors(weight: Tensor, inverse: Tensor, owner: Tensor, groups: Tensor) -> T
         inputs[owner] = torch.arange(len(owner), device=owner.device)
         own = inputs[groups.to(owner.device)]
         return (weight[:, own].square().sum(0) / inverse.diagonal()[own]).cpu()
-    errors = []
-    for group in groups.tolist():
-        own = torch.nonzero(owner == group).flatten()
-        errors.append((weight[:, own] * torch.linalg.solve(inverse[own][:, own], weight[:, own].T).T).sum())
-    return torch.stack(errors).cpu()
+    own = owner.argsort(stable=True).reshape(int(owner.max()) + 1, -1)[
+        groups.to(owner.device)
+    ]  # all own as many inputs
+    columns = weight.T[own]
+    return (columns * torch.linalg.solve(inverse[own[:, :, None], own[:, None]], columns)).sum((1, 2)).cpu()
 
 
 def _remove(weight: Tensor, inverse: Tensor, gone: Tensor) -> None:

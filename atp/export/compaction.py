@@ -32,7 +32,7 @@ from atp.export.stream import stream_cuts
 from atp.layers.compact import is_plain
 from atp.structure.live import active_adapters, base_layer, dequantised_weight, is_quantised, require_unpacked
 from atp.structure.sharding import gathered
-from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, Axis, Space
+from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, VALUE, Axis, Space
 
 SELECTIONS = {"attention": (ATTENTION_IN, ATTENTION_OUT), "mlp": (MLP_IN, MLP_OUT)}
 """Space `disp`: what each half of a block reads from and writes to the residual stream."""
@@ -75,7 +75,7 @@ class CompactTensors:
         self._dtype = _rest_dtype(lm)
         self._modules = dict(_modules(lm, "", adapters))
         self._cuts = stream_cuts(lm, space, masks)
-        self._selections = _selections(space, kept)
+        self._selections = _residual_selections(space, kept) | _value_selections(space, self._indices)
         self.new_name = new_name = Remaining(space, masks).new_name
         self._owner = {
             new: (path, name)
@@ -183,7 +183,19 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
 
 
-def _selections(space: Space, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _value_selections(space: Space, indices: Callable[[Axis | None], Tensor | None]) -> dict[str, Tensor]:
+    """Space `values`: which rows of values, and columns of the writer, each attention has kept."""
+    linears = {linear.path: linear for linear in space.linears}
+    tensors: dict[str, Tensor] = {}
+    for block in space.structure.blocks if VALUE in space.kinds else ():
+        attention = block.attention
+        rows = next(linears[r.path].rows for r in attention.readers if linears[r.path].rows is not None)
+        found = {"value_rows": indices(rows), "value_columns": indices(linears[attention.writer.path].cols)}
+        tensors |= {f"{attention.path}.{name}": index for name, index in found.items() if index is not None}
+    return tensors
+
+
+def _residual_selections(space: Space, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Space `disp`: the indices that gather before an attention or MLP and scatter after it."""
     names = {(s.block, s.kind): s.name for s in space.sets}
     tensors = {}

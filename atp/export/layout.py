@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from atp.config import ALONE
 from atp.errors import UnsupportedModelError
 from atp.export import modeling_atp
 from atp.export.compaction import SELECTIONS
@@ -125,7 +126,7 @@ def _composed(earlier: dict[str, Any] | None, later: dict[str, Any], left: list[
 
 def is_plain(space: Space, masks: Mapping[str, Tensor]) -> bool:
     """Whether the family's own config can say the sizes that `masks` leaves."""
-    if space.name == "disp" or Remaining(space, masks).off:
+    if space.name in ALONE or Remaining(space, masks).off:
         return False
     _, kept = kept_counts(space, masks)
     same = all(len(set(counts)) == 1 for counts in kept.values())

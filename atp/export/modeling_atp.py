@@ -16,6 +16,9 @@ folder that no stock class can hold; `trust_remote_code=True` finds it there. Wh
     selections: per attention or MLP, the kinds of residual dimensions it reads and writes. It then sees only the
         dimensions in its buffer `residual_in`, and adds to those in `residual_out`; the others get zeros.
 
+Where "value" is among the kinds, attention's values have lost dimensions. To attention and its cache these are zeros:
+what the values' layer gives goes to the rows `value_rows`, and the writer is given the columns `value_columns`.
+
 Where there are a GPU and Triton, and no gradients, blocks like Llama's read and write their dimensions in one kernel
 with the RMSNorm and the residual add that are there anyway. `torch.compile` makes kernels of its own.
 """
@@ -116,6 +119,8 @@ def resize(model: PreTrainedModel, layout: Any) -> None:
             _shrink_norm(norm, size(_shape(norm.weight)[0], kind))
         if kept.get("kv"):
             _set_heads(block.get_submodule(layout["attention"]), full["kv"], kept["kv"])
+        if "value" in kept:
+            _select_values(block.get_submodule(layout["attention"]), layout, full["value"])
         for path, (read, written) in layout["selections"].items():
             _select_residual(block.get_submodule(path), kept[read], kept[written], full[written])
         if layout["selections"] and _is_like_llamas(block):
@@ -152,6 +157,11 @@ def _check_block(model: PreTrainedModel, modules: dict[str, Any], full: dict[str
     for path, kind in layout["norms"].items():
         shape = _shape(modules[path].weight)
         _require(len(shape) == 1 and shape[0] % full[kind] == 0, "norm", path)
+    if "value" in full:
+        for side in ("rows", "cols"):
+            owned = [path for path, owner in layout["linears"].items() if owner.get(side) == "value"]
+            inside = [path for path in owned if path.rpartition(".")[0] == layout["attention"]]
+            _require(len(inside) == len(owned) == 1, f"{side} of", "value")
     if "kv" in full:
         _require(model.config.num_attention_heads % full["kv"] == 0, "counts of", "kv")
     for path, kinds in layout["selections"].items():
@@ -168,15 +178,26 @@ def _check_indices(model: PreTrainedModel) -> None:
     """Raise a ValueError of one line where dimensions that a block reads or writes are not ascending ones it has."""
     layout = model.config.atp["blocks"]
     for index, block in enumerate(model.get_submodule(layout["container"])):
-        for path in layout["selections"]:
-            size = block.get_submodule(path).residual_size
-            for name in ("residual_in", "residual_out"):
-                chosen = block.get_submodule(path).get_buffer(name)
-                if chosen.is_meta or len(chosen) == 0:
-                    continue
-                if chosen[0] < 0 or chosen[-1] >= size or not (chosen.diff() > 0).all():
-                    where = f"{layout['container']}.{index}.{path}.{name}"
-                    raise ValueError(f"{where} is missing or holds no ascending dimensions below {size}")
+        for path, name, size in _indices(block, layout):
+            chosen = block.get_submodule(path).get_buffer(name)
+            if chosen.is_meta or len(chosen) == 0:
+                continue
+            if chosen[0] < 0 or chosen[-1] >= size or not (chosen.diff() > 0).all():
+                where = f"{layout['container']}.{index}.{path}.{name}"
+                raise ValueError(f"{where} is missing or holds no ascending dimensions below {size}")
+
+
+def _indices(block: nn.Module, layout: dict) -> list[tuple[str, str, int]]:
+    """Buffers of indices in a block: the path of their module, their name, and how many there are to choose from."""
+    found = []
+    for path in layout["selections"]:
+        size: Any = block.get_submodule(path).residual_size
+        found += [(path, "residual_in", size), (path, "residual_out", size)]
+    if "value" in layout["kept"]:
+        path = layout["attention"]
+        sizes: Any = block.get_submodule(path).value_sizes
+        found += [(path, "value_rows", sizes[0]), (path, "value_columns", sizes[1])]
+    return found
 
 
 def _shrink_linear(linear: nn.Linear, out_features: int, in_features: int) -> None:
@@ -275,14 +296,70 @@ def _gather(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _scatter(module: Any, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
     written = output[0] if isinstance(output, tuple) else output
-    residual = written.new_zeros(*written.shape[:-1], module.residual_size)
-    residual.scatter_(-1, module.residual_out.expand_as(written), written)
+    residual = _spread(written, module.residual_out, module.residual_size)
     return (residual, *output[1:]) if isinstance(output, tuple) else residual
+
+
+def _spread(x: Tensor, index: Tensor, size: int) -> Tensor:
+    """`(..., size)`, `x` at `index` of the last dimension and zeros elsewhere."""
+    return x.new_zeros(*x.shape[:-1], size).scatter_(-1, index.expand_as(x), x)
 
 
 def _kept(x: Tensor, index: Tensor) -> Tensor:
     """`x[..., index]`; on CPUs `gather` takes less than half the time of `index_select`."""
     return x.gather(-1, index.expand(*x.shape[:-1], -1))
+
+
+def _select_values(attention: Any, layout: dict, full: int) -> None:
+    """Let `attention` take values of fewer dimensions for values of `full`, all KV heads', that are zero elsewhere."""
+    names = {
+        side: path.rpartition(".")[2]
+        for path, owner in layout["linears"].items()
+        for side, kind in owner.items()
+        if kind == "value"
+    }
+    reader, writer = (attention.get_submodule(names[side]) for side in ("rows", "cols"))
+    columns = full * (attention.config.num_attention_heads // attention.config.num_key_value_heads)
+    attention.register_buffer("value_rows", torch.arange(reader.out_features, device=reader.weight.device))
+    attention.register_buffer("value_columns", torch.arange(writer.in_features, device=writer.weight.device))
+    attention.value_layers, attention.value_sizes = (names["rows"], names["cols"]), (full, columns)
+    stock: Any = type(attention)
+    attention.__class__ = _with_fewer_values(stock)
+
+
+@functools.cache
+def _with_fewer_values(stock: Any) -> Any:
+    """A subclass of attention class `stock`."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return stock.forward(_AsIfWhole(self), *args, **kwargs)
+
+    def reduce(self: nn.Module, _protocol: Any) -> tuple:
+        return _empty_with_fewer_values, (stock,), vars(self)
+
+    return type(f"{PREFIX}{stock.__name__}", (stock,), {"forward": forward, "__reduce_ex__": reduce})
+
+
+def _empty_with_fewer_values(stock: Any) -> nn.Module:
+    """To copy and unpickle one of a class that no module holds."""
+    made = _with_fewer_values(stock)
+    return made.__new__(made)
+
+
+class _AsIfWhole:
+    """An attention as its own `forward` sees it: the values' layer gives all dimensions, the writer takes all."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        self.__dict__["_attention"] = attention
+
+    def __getattr__(self, name: str) -> Any:
+        attention = self._attention
+        found = getattr(attention, name)
+        if name == attention.value_layers[0]:
+            return lambda x: _spread(found(x), attention.value_rows, attention.value_sizes[0])
+        if name == attention.value_layers[1]:
+            return lambda x: found(_kept(x, attention.value_columns))
+        return found
 
 
 def _is_like_llamas(block: Any) -> bool:

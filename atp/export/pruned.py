@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from atp.errors import ATPError
-from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, HIDDEN, KV, MLP, MLP_IN, MLP_OUT, WHOLE_BLOCK
+from atp.structure.space import ATTENTION_IN, ATTENTION_OUT, HIDDEN, KV, MLP, MLP_IN, MLP_OUT, VALUE, WHOLE_BLOCK
 
 _KINDS = {
     KV: "key/value heads (with their query heads)",
+    VALUE: "dimensions of values",
     MLP: "MLP channels",
     ATTENTION_IN: "residual dimensions read by attention",
     ATTENTION_OUT: "residual dimensions written by attention",
@@ -66,9 +67,12 @@ class Pruned:
         return "blocks" in self.entry
 
     @property
-    def lacks_attention(self) -> bool:
-        """Whether a block has none."""
-        return self.is_ragged and 0 in self.entry["blocks"]["kept"].get(KV, ())
+    def vllm(self) -> str:
+        """How vLLM serves its uneven blocks, or why it cannot."""
+        kept = self.entry["blocks"]["kept"]
+        if VALUE in kept:
+            return "not possible: values have fewer dimensions than keys, which vLLM has no place for"
+        return _NO_VLLM if 0 in kept.get(KV, ()) else _VLLM
 
     def table(self) -> str:
         """Sizes before and after, Markdown."""
@@ -96,7 +100,7 @@ class Pruned:
             )
             rows = {
                 "transformers, PEFT": "after `import atp`, or with `trust_remote_code=True`",
-                "vLLM": _NO_VLLM if self.lacks_attention else _VLLM,
+                "vLLM": self.vllm,
                 "llama.cpp": self.gguf,
             }
         else:

@@ -14,9 +14,13 @@ def block_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
     """Per block, `config` with the head counts of that block, and a `head_dim` that does not depend on them.
 
     Raises:
-        ValueError: where a block has no attention.
+        ValueError: where a block has no attention, or values have fewer dimensions than keys.
     """
     blocks = config.atp["blocks"]
+    if "value" in blocks["kept"]:
+        raise ValueError(
+            "values have fewer dimensions than keys, which vLLM has no place for: prune in another space than `values`"
+        )
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     results = []

@@ -19,6 +19,7 @@ from atp.structure.space import (
     MLP,
     MLP_IN,
     MLP_OUT,
+    VALUE,
     WHOLE_ATTENTION,
     WHOLE_BLOCK,
     WHOLE_MLP,
@@ -166,6 +167,33 @@ class _BlockAxes:
         owner = _head_owner(attention, linear)
         return self._axis(KV, size, counts, owner, len(owner) // size)
 
+    def values(self, linear: Linear) -> Axis | None:
+        """Dimensions of values: rows of their projection, or columns of the attention writer; None of other layers.
+
+        Raises:
+            UnsupportedModelError: where values are no layer's own outputs, or go through a norm.
+        """
+        attention = self._block.attention
+        if "v" in linear.packs and (len(linear.packs) > 1 or attention.norms_values):
+            why = "packs values with others" if len(linear.packs) > 1 else "is followed by a norm"
+            raise UnsupportedModelError(
+                f"{linear.path} {why}: space 'values' needs a layer whose outputs are the values"
+            )
+        if linear.packs and linear.packs != ("v",):
+            return None
+        size = attention.num_kv_heads * attention.head_dim
+        owner = torch.arange(size)
+        if not linear.packs:  # a column a query head and dimension
+            heads = owner.reshape(attention.num_kv_heads, 1, -1)
+            owner = heads.expand(-1, attention.queries_per_group, -1).flatten()
+        return self._axis(VALUE, size, self._multiples(VALUE, size), owner, len(owner) // size)
+
+    def attention(self, linear: Linear) -> Axis | None:
+        """Of `linear`'s rows, or of the attention writer's columns: heads, value dimensions, or nothing."""
+        if self.has("width"):
+            return self.heads(linear)
+        return self.values(linear) if self.has("values") else None
+
     def _axis(self, kind: str, size: int, counts: tuple[int, ...], owner: Tensor, units: int) -> Axis:
         index = self._block.index
         return self._model.axis(GroupSet(f"{index}.{kind}", index, kind, size, counts), owner, units)
@@ -185,31 +213,32 @@ def _head_owner(attention: Attention, linear: Linear) -> Tensor:
 
 
 def _block(block: Block, axes: _BlockAxes) -> Iterable[PrunableLinear]:
-    """Any of `width`, `hidden` and `depth`."""
+    """Any of `width`, `hidden` and `depth`, or `values`."""
     attention, mlp = block.attention, block.mlp
     normed = {norm.source for norm in attention.spanning_norms}
     width, stream = axes.has("width"), axes.stream
+    channels = width or axes.has("values")
     for reader in attention.readers:
         yield PrunableLinear(
             reader.path,
             reader.out_features,
             reader.in_features,
-            rows=axes.heads(reader) if width else None,
+            rows=axes.attention(reader),
             cols=stream,
             mask_rows=width and bool(normed & set(reader.packs)),
             switch=axes.switch(WHOLE_ATTENTION, reader),
         )
-    yield _writer(attention.writer, axes, axes.heads(attention.writer) if width else None, WHOLE_ATTENTION)
+    yield _writer(attention.writer, axes, axes.attention(attention.writer), WHOLE_ATTENTION)
     for reader in mlp.readers:
         yield PrunableLinear(
             reader.path,
             reader.out_features,
             reader.in_features,
-            rows=axes.channels(len(reader.packs)) if width else None,
+            rows=axes.channels(len(reader.packs)) if channels else None,
             cols=stream,
             switch=axes.switch(WHOLE_MLP, reader),
         )
-    yield _writer(mlp.writer, axes, axes.channels() if width else None, WHOLE_MLP)
+    yield _writer(mlp.writer, axes, axes.channels() if channels else None, WHOLE_MLP)
 
 
 def _writer(writer: Linear, axes: _BlockAxes, cols: Axis | None, half: str) -> PrunableLinear:

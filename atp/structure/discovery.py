@@ -50,7 +50,10 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention of one block: `num_kv_heads` KV groups of `num_heads // num_kv_heads` query heads each."""
+    """Attention of one block: `num_kv_heads` KV groups of `num_heads // num_kv_heads` query heads each.
+
+    `norms_values`: whether a norm reads what the values' projection gives.
+    """
 
     path: str
     readers: tuple[Linear, ...]
@@ -59,6 +62,7 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     spanning_norms: tuple[Norm, ...] = ()
+    norms_values: bool = False
 
     @property
     def queries_per_group(self) -> int:
@@ -303,7 +307,8 @@ def _attention(lm: PreTrainedModel, readers: list[Linear], writer: Linear, hidde
     if num_kv_heads < 1 or num_heads % num_kv_heads or writer.out_features != hidden_size:
         raise UnsupportedModelError(f"{writer.path}: {num_heads} heads over {num_kv_heads} key/value heads do not fit")
     norms = _spanning_norms(module, path, {reader.path for reader in readers} | {writer.path}, head_dim, expected)
-    return Attention(path, tuple(readers), writer, num_heads, num_kv_heads, head_dim, norms)
+    norms_values = any(name.rpartition(".")[2] == "v_norm" for name, _ in module.named_modules())
+    return Attention(path, tuple(readers), writer, num_heads, num_kv_heads, head_dim, norms, norms_values)
 
 
 def _spanning_norms(

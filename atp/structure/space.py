@@ -1,6 +1,8 @@
 """Spaces: which groups of coupled dimensions may be pruned, and exactly how many parameters each decision keeps.
 
 `width`   (LLM-Pruner's and ATP's head and channel groups): per block, KV groups and MLP channels.
+`values`  (as MoDeGPT's value-output pairs, arXiv 2408.09632): per block, dimensions of the values of each KV head, and
+          MLP channels.
 `disp`    (DISP-LLM, arXiv 2410.11988): per block, residual dimensions read by attention (S1), written by attention
           (S2), read by the MLP (S3), written by the MLP (S5), and MLP channels (S4).
 `hidden`  (Minitron's embedding channels, arXiv 2407.14679): residual dimensions, one selection for the whole model.
@@ -23,13 +25,13 @@ from torch import Tensor
 
 from atp.structure.discovery import Structure
 
-KV, MLP = "kv", "mlp"
+KV, VALUE, MLP = "kv", "value", "mlp"
 ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT = "attention_in", "attention_out", "mlp_in", "mlp_out"
 HIDDEN = "hidden"
 WHOLE_BLOCK, WHOLE_ATTENTION, WHOLE_MLP = "whole_block", "whole_attention", "whole_mlp"
 KINDS = (
     *(HIDDEN, WHOLE_BLOCK, WHOLE_ATTENTION, WHOLE_MLP),
-    *(KV, ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MLP),
+    *(KV, VALUE, ATTENTION_IN, ATTENTION_OUT, MLP_IN, MLP_OUT, MLP),
 )
 SWITCHES = (WHOLE_BLOCK, WHOLE_ATTENTION, WHOLE_MLP)
 """Kinds of set that hold one group, which is a half of a block or all of it."""

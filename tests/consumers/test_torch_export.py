@@ -18,7 +18,7 @@ needs_onnx = pytest.mark.skipif(
     any(find_spec(package) is None for package in ("onnxscript", "onnxruntime")),
     reason="needs onnxscript and onnxruntime: pip install 'atp[onnx]'",
 )
-EVERY = [("llama", space) for space in SPACES] + [("gemma3", "uniform"), ("gemma3", "disp")]
+EVERY = [("llama", space) for space in SPACES] + [("gemma3", "uniform"), ("gemma3", "disp"), ("gemma3", "values")]
 every_case = pytest.mark.parametrize(("family", "space"), EVERY)
 some_cases = pytest.mark.parametrize(
     ("family", "space"), [("gemma3", "uniform"), *(("llama", space) for space in ("uniform", "width", "disp", "depth"))]

@@ -81,14 +81,18 @@ def test_taylor_is_the_slope_of_the_loss() -> None:
         assert got[name][group].item() == pytest.approx(slope, rel=2e-2)
 
 
-@pytest.mark.parametrize("name", ["width", "disp"])
+@pytest.mark.parametrize("name", ["width", "values", "disp"])
 def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
     """Oracle: least squares in float64 for every candidate, weighted by the loss's slope at the outputs."""
     model, space, modules = parts(name)
     attachment = attach(model, space)
 
     loss = added_up(model)
-    group_set, together = ("1.kv", ["o_proj"]) if name == "width" else ("1.mlp_in", ["gate_proj", "up_proj"])
+    group_set, together = {
+        "width": ("1.kv", ["o_proj"]),
+        "values": ("1.value", ["o_proj"]),
+        "disp": ("1.mlp_in", ["gate_proj", "up_proj"]),
+    }[name]
     layers = [modules[f"model.layers.1.{'self_attn' if n == 'o_proj' else 'mlp'}.{n}"] for n in together]
     inputs, slopes = [], {n: [] for n in together}
     handles = []
@@ -109,7 +113,8 @@ def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
     x = inputs[0]
     gram = x.T @ x / len(x)
     gram = gram + 0.1 * gram.diagonal().median() * torch.eye(len(gram), dtype=torch.float64)
-    owner = torch.arange(32) // 16 if name == "width" else torch.arange(32)
+    heads = torch.arange(32) // 16  # KV heads of two query heads of 8 dimensions
+    owner = {"width": heads, "values": heads * 8 + torch.arange(32) % 8}.get(name, torch.arange(32))
     first = got[group_set].argmin().item()
     costs = []
     for group in range(int(owner.max()) + 1):
@@ -348,7 +353,7 @@ def test_standardised_features_are_averaged_over_what_a_group_owns() -> None:
 
 
 @pytest.mark.parametrize("how", ["block", "global", "standard"])
-@pytest.mark.parametrize("name", ["width", "disp"])
+@pytest.mark.parametrize("name", ["width", "values", "disp"])
 def test_starting_logits_reproduce_the_decision(name: str, how: str) -> None:
     _, space, modules = parts(name)
     ranked = rank(scores.magnitude(space, modules), space, how, (1, 1))

@@ -21,6 +21,7 @@ SPACES = {
     "width": ("width", False),
     "uniform": ("width", True),
     "disp": ("disp", False),
+    "values": ("values", False),
     "hidden": ("hidden", False),
     "depth": ("depth", False),
     "blocks": ("depth", True),
@@ -29,10 +30,13 @@ SPACES = {
 }
 LAYER_NORMS = ("starcoder2", "stablelm", "gpt_neox", "gpt_neox_serial")
 """Families whose residual stream cannot be cut."""
+PACKED = ("phi3", "gpt_neox", "gpt_neox_serial")
+"""Families whose values are packed with queries and keys."""
 UNLIKE = ("llama", "llama_tied", "qwen2", "gemma3", "phi3", "olmo2", "smollm3", "gpt_neox")
 """Families that differ in what `hidden` and `depth` touch: norms, scales, packed projections, settings per block."""
 CASES = [
     *((f, s) for f in families.FAMILIES for s in ("width", "uniform", "disp")),
+    *((f, "values") for f in families.FAMILIES if f not in PACKED),
     *((f, s) for f in UNLIKE for s in ("depth", "blocks")),
     *((f, s) for f in UNLIKE for s in ("hidden", "all", "plainest") if f not in LAYER_NORMS),
 ]

@@ -8,7 +8,9 @@ from tests import families
 from tests.export.cases import exported
 
 every_case = pytest.mark.parametrize(
-    ("family", "space"), [(f, s) for f in ("llama", "qwen3", "gemma3", "phi3") for s in ("width", "disp")]
+    ("family", "space"),
+    [(f, s) for f in ("llama", "qwen3", "gemma3", "phi3") for s in ("width", "disp")]
+    + [("llama", "values"), ("gemma3", "values")],
 )
 
 

@@ -4,6 +4,7 @@ Oracle: the live masked float32 model (LoRA unmerged, nothing sliced), and `Spac
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ some_cases = pytest.mark.parametrize(
         ("phi3", "width"),
         ("gemma3", "disp"),
         ("gpt_neox", "disp"),
+        ("llama", "values"),
+        ("gemma3", "values"),
         ("gemma3", "all"),
         ("olmo2", "all"),
         ("gemma2", "depth"),
@@ -118,6 +121,13 @@ def test_a_deep_copy_computes_the_same_and_shares_nothing(family, space):
 
 
 @some_cases
+def test_a_pickled_copy_computes_the_same(family, space):
+    """As processes that are spawned are given a model."""
+    model = exported(family, space).loaded
+    assert torch.equal(families.logits(pickle.loads(pickle.dumps(model))), families.logits(model))
+
+
+@some_cases
 def test_the_exported_model_can_be_tuned_and_merged_again(family, space):
     """Oracle: the tuned model before merging."""
     model = families.with_lora(copy.deepcopy(exported(family, space).loaded))
@@ -146,7 +156,7 @@ def test_loading_in_bfloat16_keeps_indices_whole(space):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert families.relative_error(families.logits(half).float(), case.logits) <= 3e-2
     for name, buffer in case.loaded.named_buffers():
-        if "residual" in name:
+        if "residual" in name or "value" in name:
             assert torch.equal(buffer, half.get_buffer(name))
 
 

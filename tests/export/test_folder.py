@@ -69,7 +69,7 @@ def test_folders_load_where_atp_cannot_be_imported(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("space", ["width", "values", "disp"])
 def test_the_stock_class_never_takes_a_ragged_folder_silently(space):
     with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
         LlamaForCausalLM.from_pretrained(exported("llama", space).folder)

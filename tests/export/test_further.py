@@ -52,7 +52,7 @@ def test_a_second_export_computes_what_the_second_masked_model_does(family, firs
     assert ("blocks" in entry) != plain
 
 
-@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("space", ["width", "values", "disp"])
 def test_label_smoothing_looks_at_the_next_token_of_a_pruned_model_too(space, tmp_path):
     """The Trainer knows causal LMs by their classes' names. Oracle: torch's own smoothed cross-entropy."""
     model = copy.deepcopy(exported("llama", space).loaded)

@@ -98,6 +98,25 @@ def test_dimensions_that_there_are_not_are_refused(name, change, tmp_path):
     refused(folder, rf"layers\.1\.mlp\.{name} is missing or holds no ascending dimensions below 48")
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("name", "size"), [("value_rows", 24), ("value_columns", 48)])
+def test_value_dimensions_that_there_are_not_are_refused(name, size, change, tmp_path):
+    folder = copied("values", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    path = f"model.layers.1.self_attn.{name}"
+    tensors[path] = CHANGES[change](tensors[path])
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, rf"layers\.1\.self_attn\.{name} is missing or holds no ascending dimensions below {size}")
+
+
+@pytest.mark.parametrize("path", ["self_attn.v_proj", "self_attn.o_proj"])
+def test_values_that_no_layer_gives_or_takes_are_refused(path, tmp_path):
+    def change(values):
+        values["atp"]["blocks"]["linears"].pop(path)
+
+    refused(configured(copied("values", tmp_path), change), r"config\.json: atp\.blocks: the (rows|cols) of 'value'")
+
+
 @pytest.mark.parametrize("name", ["../stolen.safetensors", "/stolen.safetensors", "stolen.bin", 7])
 def test_an_index_that_leads_elsewhere_is_refused(name, tmp_path):
     folder = copied("uniform", tmp_path)

@@ -14,10 +14,10 @@ from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.live import base_layer
 from tests import families
-from tests.export.cases import random_masks
+from tests.export.cases import CASES, random_masks
 
 every_case = pytest.mark.parametrize(
-    ("family", "space_name"), [(f, s) for f in families.FAMILIES for s in ("width", "disp")]
+    ("family", "space_name"), [case for case in CASES if case[1] in ("width", "disp", "values")]
 )
 
 

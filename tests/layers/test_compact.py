@@ -14,10 +14,11 @@ from atp.ops import compact_weight
 from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from tests import families
-from tests.export.cases import random_masks
+from tests.export.cases import CASES, random_masks
 
 every_case = pytest.mark.parametrize(
-    ("family", "space_name"), [(f, s) for f in families.FAMILIES for s in ("width", "disp", "depth")]
+    ("family", "space_name"),
+    [case for case in CASES if case[1] in ("width", "disp", "values")] + [(f, "depth") for f in families.FAMILIES],
 )
 joined_cases = pytest.mark.parametrize(
     ("family", "space_name"),

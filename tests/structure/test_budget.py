@@ -14,8 +14,9 @@ from atp.structure.building import build_space
 from atp.structure.discovery import discover
 from atp.structure.space import KV, Space
 from tests import families, tiny
+from tests.export.cases import CASES
 
-ROUND_TO = {"width": (1, 4, 8), "disp": (1, 4)}
+ROUND_TO = {"width": (1, 4, 8), "values": (1, 4, 8), "disp": (1, 4)}
 
 
 def _scores(space: Space, seed: int) -> dict[str, torch.Tensor]:
@@ -38,8 +39,7 @@ def _check(space: Space, masks: dict[str, torch.Tensor], sparsity: float) -> flo
     return achieved
 
 
-@pytest.mark.parametrize("family", families.FAMILIES)
-@pytest.mark.parametrize("name", ["width", "disp"])
+@pytest.mark.parametrize(("family", "name"), [case for case in CASES if case[1] in ROUND_TO])
 def test_the_budget_is_met_within_one_channel(family, name):
     space = _space(family, name)
     channel = space.structure.hidden_size * 3 / space.prunable_parameters
@@ -48,7 +48,7 @@ def test_the_budget_is_met_within_one_channel(family, name):
         assert achieved - sparsity < channel
 
 
-@pytest.mark.parametrize("name", ["width", "disp"])
+@pytest.mark.parametrize("name", ROUND_TO)
 def test_groups_with_higher_scores_are_kept_first(name):
     space = _space("llama", name)
     scores = _scores(space, 3)

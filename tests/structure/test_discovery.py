@@ -8,15 +8,18 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from atp.errors import ConfigError, UnsupportedModelError
 from atp.structure.building import build_space, default_round_to
 from atp.structure.discovery import discover
 from tests import families, tiny
-from tests.export.cases import exported
+from tests.export.cases import CASES, PACKED, exported
 
 every_family = pytest.mark.parametrize("family", families.FAMILIES)
-every_space = pytest.mark.parametrize("space_name", ["width", "disp"])
+every_case = pytest.mark.parametrize(
+    ("family", "space_name"), [case for case in CASES if case[1] in ("width", "disp", "values")]
+)
 
 
 def _live_weights(model) -> dict[str, nn.Linear]:
@@ -39,8 +42,7 @@ def test_lora_changes_nothing_that_is_found(family):
     assert discover(families.with_lora(families.build(family))) == bare
 
 
-@every_family
-@every_space
+@every_case
 def test_the_full_decision_keeps_everything(family, space_name):
     space = build_space(discover(families.build(family)), space_name)
     assert space.kept_parameters(space.kept_counts(space.full())).item() == space.prunable_parameters
@@ -48,8 +50,7 @@ def test_the_full_decision_keeps_everything(family, space_name):
     assert set(space.kept_share(space.full()).values()) == {1.0}
 
 
-@every_family
-@every_space
+@every_case
 def test_removing_one_group_removes_its_rows_and_columns(family, space_name):
     """Counted by marking features, one by one, not by the table of units."""
     space = build_space(discover(families.build(family)), space_name)
@@ -65,6 +66,20 @@ def test_removing_one_group_removes_its_rows_and_columns(family, space_name):
                 alive *= masks[linear.cols.set][linear.cols.owner][None, :]
             kept += int(alive.sum())
         assert space.kept_parameters(space.kept_counts(masks)).item() == kept < space.prunable_parameters
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_values_that_are_packed_with_queries_lose_nothing_by_themselves(family):
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\..*packs values with others: space 'values' needs a"):
+        build_space(discover(families.build(family)), "values")
+
+
+def test_values_that_go_through_a_norm_lose_nothing():
+    model = families.build("llama")
+    model.model.layers[0].self_attn.v_norm = LlamaRMSNorm(8)
+    build_space(discover(model), "width")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.self_attn\.v_proj is followed by a norm"):
+        build_space(discover(model), "values")
 
 
 def test_rounding_defaults_depend_on_width_alone():

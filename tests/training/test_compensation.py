@@ -19,7 +19,7 @@ from atp.training.compensation import Compensation
 from tests import families, runs, tiny
 
 IDS = [torch.randint(2, 384, (6, 16), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-WRITER = "model.layers.2.mlp.down_proj"
+WRITER, ATTENTION_WRITER = "model.layers.2.mlp.down_proj", "model.layers.2.self_attn.o_proj"
 
 
 def attached(space: str = "width", how: str = "weights", uniform: bool = False, dropout: float = 0.0) -> tuple:
@@ -37,10 +37,10 @@ def attached(space: str = "width", how: str = "weights", uniform: bool = False, 
 
 
 @pytest.mark.parametrize("how", ["weights", "bias"])
-@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("space", ["width", "values", "disp"])
 def test_what_stays_stands_in_for_what_goes(space: str, how: str) -> None:
     model, attachment, decision, compensation = attached(space, how)
-    layer, seen = attachment.modules[WRITER], {}
+    layer, seen = attachment.modules[ATTENTION_WRITER if space == "values" else WRITER], {}
     hook = layer.register_forward_pre_hook(lambda m, args: seen.setdefault("x", args[0].detach()))
     model(input_ids=IDS[0])
     hook.remove()
@@ -163,7 +163,7 @@ def test_another_decision_starts_from_the_original_weights(how: str, resumed: bo
     assert runs.same(weights, {p: m.get_base_layer().weight for p, m in untouched.modules.items()})
 
 
-@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("space", ["width", "values", "disp"])
 def test_every_layer_is_measured_before_any_is_changed(space: str, monkeypatch) -> None:
     """Oracle: enough memory to measure all in one pass."""
     states = []

@@ -28,7 +28,7 @@ def learner(**changes: object) -> DecisionLearner:
     return made
 
 
-@pytest.mark.parametrize("space", ["width", "disp"])
+@pytest.mark.parametrize("space", ["width", "values", "disp"])
 def test_update_is_the_straight_through_gradient(space: str) -> None:
     made = learner(space=space, on_budget=False, budget_ramp=0.0, logit_bias=0.2)
     weights = {s.name: torch.randn(s.size) for s in made.space.sets}

@@ -13,7 +13,7 @@ from atp.training.proximal import _squares, proximal_step, pruned_share
 from tests import runs
 
 
-@pytest.mark.parametrize("name", ["width", "disp"])
+@pytest.mark.parametrize("name", ["width", "values", "disp"])
 def test_pruned_groups_shrink_by_the_equation_and_kept_ones_stay(name: str) -> None:
     model = runs.peft_model()
     space = build_space(discover(model), name, round_to=1)

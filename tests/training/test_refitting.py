@@ -13,7 +13,7 @@ from atp.training import propagation, refitting
 from atp.training.refitting import KeptMLP, _gradient, _missing, _reader_change, _size, _slopes, _Tokens
 from tests import families
 from tests.export.cases import random_masks
-from tests.training.test_propagation import EVERYWHERE, compensated, last_stream
+from tests.training.test_propagation import EVERYWHERE, SPACES_EVERYWHERE, compensated, last_stream
 
 
 def kept_mlp(family: str, space: str = "width") -> tuple:
@@ -80,8 +80,7 @@ def test_slopes_are_those_of_each_channel_by_its_own_readers(family: str, compac
             assert families.relative_error(moved - hidden, expected) <= 2e-2
 
 
-@pytest.mark.parametrize("space", ["width", "disp"])
-@pytest.mark.parametrize("family", EVERYWHERE)
+@pytest.mark.parametrize(("family", "space"), SPACES_EVERYWHERE)
 def test_the_stream_is_followed_better_than_with_writers_alone(family: str, space: str, monkeypatch) -> None:
     dense = last_stream(families.with_lora(families.build(family)))
     errors = []

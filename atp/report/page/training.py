@@ -9,6 +9,7 @@ from atp.report.values import finite
 
 KINDS = {
     "kv": "KV groups",
+    "value": "value dimensions",
     "mlp": "MLP channels",
     "hidden": "hidden dimensions",
     "attention_in": "read by attention",
