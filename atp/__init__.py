@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["ATPCallback", "ATPConfig", "discover", "export", "load", "text_model"]
+__all__ = ["ATPCallback", "ATPConfig", "discover", "export", "load", "rotate_values", "text_model"]
 
 
 def _is_command() -> bool:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from atp.export import export
     from atp.loading import load
     from atp.models import text_model
+    from atp.rotation import rotate_values
     from atp.structure.discovery import discover
 else:
     _HOMES = {
@@ -36,6 +37,7 @@ else:
         "discover": "atp.structure.discovery",
         "export": "atp.export",
         "load": "atp.loading",
+        "rotate_values": "atp.rotation",
         "text_model": "atp.models",
     }
 

@@ -1,4 +1,4 @@
-"""The shell: `atp train | recover | export | eval | generate | inspect | plan | compare | report | history | bench`.
+"""The shell: `atp train`, `compare`, `export` and the others of `COMMANDS`.
 
 Exit status 0 on success; 1 where a comparison has a failed run or a gate of `eval` fails; 2 on bad input and 130 on
 Ctrl-C, with one line on standard error that says what is wrong and what to do.
@@ -24,6 +24,7 @@ COMMANDS = {
     "export": ("export", "write the pruned model of a finished run"),
     "eval": ("evaluate", "quality, speed and size of one or more models, and gates for regressions"),
     "generate": ("generate", "write calibration data with the model itself"),
+    "rotate": ("rotate", "order the value dimensions of a model, for space `values`"),
     "inspect": ("inspect", "what can be pruned in a model, and what a sparsity would leave"),
     "plan": ("plan", "memory of each GPU and time of a step, from a model's shapes"),
     "compare": ("compare", "one recipe under several strategies of when and by what to prune"),

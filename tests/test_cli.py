@@ -22,6 +22,7 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from atp.cli import build_parser, main
 from atp.errors import ATPError
@@ -95,7 +96,7 @@ def blocks(name):
     "options",
     [
         *(["--uniform"], ["--space", "disp"], ["--round-to", "16"]),
-        *(["--space", "hidden"], ["--space", "width+depth"], ["--space", "depth", "--uniform"]),
+        *(["--space", "hidden"], ["--space", "values"], ["--space", "width+depth"], ["--space", "depth", "--uniform"]),
     ],
 )
 def test_inspect_other_spaces(base, tmp_path, options):
@@ -105,6 +106,25 @@ def test_inspect_other_spaces(base, tmp_path, options):
     assert found["sparsity_achieved"] >= 0.4
     if options == ["--uniform"]:
         assert {g["blocks"] for g in found["groups"]} == {"0-3"}
+
+
+def test_a_rotated_model_is_the_same_and_can_lose_value_dimensions(base, recipe, tmp_path, capsys):
+    rows, out = tiny.jsonl(tmp_path / "rows.jsonl", range(6)), tmp_path / "rotated"
+    argv = ["rotate", str(base), str(out), "--data", str(rows), "--max-length", "16", "--windows", "3"]
+    assert main([*argv, "--json", str(tmp_path / "rotated.json")]) == 0
+    assert json.loads((tmp_path / "rotated.json").read_text())["windows"] == 3
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, out))
+    ids = torch.arange(2, 14)[None]
+    assert torch.allclose(before(ids).logits, after(ids).logits, atol=1e-4)
+    reader = "model.layers.0.self_attn.v_proj.weight"
+    assert not torch.allclose(before.state_dict()[reader], after.state_dict()[reader], atol=1e-3)
+    recipe["model"]["name_or_path"], recipe["atp"]["space"] = str(out), "values"
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    blocks = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())["atp"]["blocks"]
+    assert sum(blocks["kept"]["value"]) < sum(blocks["full"]["value"])
+    assert "exists: choose another name or give --overwrite" in refused(capsys, *argv)
+    assert "--windows 0 is too few: give 1 or more" in refused(capsys, *argv, "--overwrite", "--windows", "0")
+    assert "which would be replaced" in refused(capsys, "rotate", base, base, "--data", rows, "--overwrite")
 
 
 def test_eval_measures_every_model(base, tmp_path, capsys):
@@ -715,7 +735,7 @@ def test_places_that_cannot_be_written_are_one_line_before_any_work(recipe, base
 
 
 def test_every_command_in_the_readmes_parses():
-    names = "train|recover|export|eval|generate|inspect|plan|compare|report|history|bench"
+    names = "train|recover|export|eval|generate|rotate|inspect|plan|compare|report|history|bench"
     text = README.read_text() + (README.parent / "configs" / "README.md").read_text().replace("\\\n", "")
     commands = re.findall(rf"(?:^    |-m )(atp (?:{names}) [^#\n]+)", text, re.M)
     assert {command.split()[1] for command in commands} == set(names.split("|"))
