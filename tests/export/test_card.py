@@ -61,7 +61,10 @@ def test_the_numbers_are_those_of_the_folder(space, tmp_path):
     assert ("reads and writes a part of the residual stream" in text) == (space == "disp")
     gone = 0 in load(folder).config.atp.get("blocks", {}).get("kept", {}).get("kv", [])
     assert ("no attention, which vLLM has no place for" in text) == gone
-    assert text.count("not possible") == (space == "disp") + gone
+    assert ("values have fewer dimensions than keys" in text) == (space == "values")
+    assert ("dimensions of values, of each block" in text) == (space == "values")
+    refused = {"disp": ["llama.cpp"], "values": ["llama.cpp", "vLLM"]}.get(space, [])
+    assert text.count("not possible") == len(refused) + gone
     assert card.data.license is None
     assert card.data.base_model is None
 

@@ -106,6 +106,11 @@ def family_of(config: PreTrainedConfig) -> Family:
             "space 'disp': no architecture of llama.cpp's reads and writes a part of the residual stream, so no GGUF "
             f"can be written: keep the Hugging Face folder, or train in space='width' with uniform=True ({name})"
         )
+    if "value" in blocks.get("kept", ()):
+        raise UnsupportedModelError(
+            "space 'values': in llama.cpp the values of all blocks have as many dimensions, so no GGUF can be written: "
+            f"keep the Hugging Face folder, or train in space='width' with uniform=True ({name})"
+        )
     for why in _differences(config, name, FAMILIES[name]):
         raise UnsupportedModelError(f"{name}: {why}: keep the Hugging Face folder")
     return FAMILIES[name]

@@ -122,6 +122,12 @@ def test_disp_is_refused_with_the_reason(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_values_of_fewer_dimensions_are_refused_with_the_reason(tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"'values'.*all blocks have as many dimensions.*uniform=True"):
+        write_gguf(folder("llama", "values").path, tmp_path / "m.gguf")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
