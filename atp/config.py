@@ -73,6 +73,8 @@ class ATPConfig:
             (`criteria.ranking.SUITABLE`).
         init_tilt: what `"global"` ranking makes of depth: scores count exp(-init_tilt) times in the first block,
             exp(init_tilt) times in the last, and as suits their place between; 0 takes them as they are.
+        init_attention: likewise of kinds: scores of KV groups and of value dimensions count exp(init_attention) times
+            (what removes MLP channels is made up for by refitted readers too, which scores know nothing of).
         init_floor: what `"global"` ranking leaves of every set of groups at least, in [0, 1], of the 1 - sparsity that
             stay on the whole: scores hold for small changes, and call blocks cheap that all but vanish. The
             generator may prune them later.
@@ -145,6 +147,7 @@ class ATPConfig:
     init: str = "surgeon"
     init_ranking: str | None = None
     init_tilt: float = 0.3
+    init_attention: float = 0.0
     init_floor: float = 0.6
     protect: tuple[int, int] | None = None
     start_at: float | None = None
@@ -213,7 +216,10 @@ class ATPConfig:
             ("temperature_end", positive(self.temperature_end), "a positive number"),
             ("generator_lr", positive(self.generator_lr), "a positive number"),
             ("init_scale", positive(self.init_scale), "a positive number"),
-            *((name, number(getattr(self, name)), "a number") for name in ("logit_bias", "init_tilt")),
+            *(
+                (name, number(getattr(self, name)), "a number")
+                for name in ("logit_bias", "init_tilt", "init_attention")
+            ),
             *(
                 (name, number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")
                 for name in ("budget_weight", "distill", "lasso", "noise", "noise_end")
@@ -313,7 +319,7 @@ class ATPConfig:
         unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
         unused += () if self.compensate in _REFITTING else ("refit_rows", "refit_first_tokens")
         unused += () if self.compensate in ("follow", "auto") else ("reader_rounds",)
-        unused += ("init_tilt", "init_floor") if self.init_ranking in ("block", "standard") else ()
+        unused += ("init_tilt", "init_attention", "init_floor") if self.init_ranking in ("block", "standard") else ()
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:

@@ -27,7 +27,8 @@ ONE_STAGE = ("atp", "logits", "paper")
 FREEZE_AT = {"prune-then-tune": 0.0, "tune-prune-recover": 0.5, "tune-then-prune": 1.0}
 """The two-stage timings: the share of training after which the formula decides."""
 
-_UNIFORM = {"init_ranking": "block", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "none"}
+_AS_THEY_ARE = {"init_tilt": 0.0, "init_attention": 0.0, "init_floor": 0.0}
+_UNIFORM = {"init_ranking": "block", "compensate": "none", **_AS_THEY_ARE}
 
 CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     # Ranked inside each block, first and last blocks whole (`protect` at its default): LLM-Pruner (arXiv 2305.11627)
@@ -42,7 +43,7 @@ CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
     # FLAP (arXiv 2312.11983) standardises features' scores inside each layer, ranks their means over the whole model,
     # and puts the mean of what is lost into a bias. Its authors leave no block whole; here the first and the last are
     # (`protect` at its default), which is better on SmolLM2-135M.
-    "flap": {"init_ranking": "standard", "init_tilt": 0.0, "init_floor": 0.0, "compensate": "bias"},
+    "flap": {"init_ranking": "standard", "compensate": "bias", **_AS_THEY_ARE},
 }
 """What each criterion changes, as its authors run it; one that is not here, ours, see `_OURS`."""
 
@@ -61,7 +62,7 @@ _SHARED = (
 )
 """What every strategy takes from the recipe: the task, not the way to solve it."""
 
-_OURS = ("init_ranking", "init_tilt", "init_floor", "protect")
+_OURS = ("init_ranking", "init_tilt", "init_attention", "init_floor", "protect")
 """What a criterion without authors takes from a recipe that starts from it, where it is chosen for the model."""
 
 

@@ -16,7 +16,7 @@ from atp.generator.sampling import EULER_GAMMA
         ("sparsity", float("nan"), "(0, 1)"),
         ("sparsity", "0.4", "(0, 1)"),
         ("sparsity", True, "(0, 1)"),
-        ("space", "heads", "width, hidden, depth, disp"),
+        ("space", "heads", "width, hidden, depth, values, disp"),
         ("space", "width+disp", "several of width, hidden, depth"),
         ("mode", "both", "joint, alternating"),
         ("init", "zeros", "activation"),

@@ -5,7 +5,8 @@
           less than more: Wanda's, FLAP's and LLM-Pruner's authors round the number of heads to go down; attentions and
           MLPs as a whole, each a set of one, among themselves, by score per parameter.
 `global`  the score per parameter that the group holds, over the whole model; with a tilt, times exp(tilt * x), x from
-          -1 in the first block to 1 in the last; with a floor, the best groups of every set are pruned last.
+          -1 in the first block to 1 in the last; of groups inside attention, times a factor of their own; with a floor,
+          the best groups of every set are pruned last.
 `standard`  scores as they come, which are to be z-scores: of features where the criterion has them (`scores`), else of
           groups within their set (`standardised`), compared over the whole model (FLAP, arXiv 2312.11983, "AL-AM").
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from atp.structure.space import SWITCHES, Space
+from atp.structure.space import KV, SWITCHES, VALUE, GroupSet, Space
 
 SUITABLE = {"surgeon": "global", "flap": "standard"}
 """The ranking that suits a criterion, where it is not `"block"`: `surgeon` is in nats of loss whatever the block, and
@@ -35,6 +36,7 @@ def rank(
     protect: tuple[int, int],
     tilt: float = 0.0,
     floor: float = 0.0,
+    attention: float = 0.0,
 ) -> dict[str, Tensor]:
     """Values in (0, 1], `(size,)` per set; what is protected lies in (1, 2] and so is pruned last.
 
@@ -43,13 +45,14 @@ def rank(
         protect: numbers of first and last blocks to protect.
         tilt: of `"global"` towards late blocks.
         floor: of `"global"`: this share of every set, its best groups, is protected.
+        attention: of `"global"`: scores of KV groups and value dimensions count exp(attention) times.
     """
     blocks = len(space.structure.blocks)
     first, last = protect
     if how == "block":
         ranked = {s.name: _shares_below(scores[s.name]) for s in space.sets} | _switches(scores, space, _percentiles)
     else:
-        ranked = _over_all(_per_parameter(scores, space, tilt) if how == "global" else scores)
+        ranked = _over_all(_per_parameter(scores, space, tilt, attention) if how == "global" else scores)
     for s in space.sets:
         if s.block is not None and (s.block < first or s.block >= blocks - last):
             ranked[s.name] = 1.0 + ranked[s.name]
@@ -96,13 +99,15 @@ def _over_all(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, joined.split([len(v) for v in values.values()]), strict=True))
 
 
-def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float) -> dict[str, Tensor]:
+def _per_parameter(scores: Mapping[str, Tensor], space: Space, tilt: float, attention: float) -> dict[str, Tensor]:
     last = max(len(space.structure.blocks) - 1, 1)
-    depth = {s.name: 0.0 if s.block is None else 2 * s.block / last - 1 for s in space.sets}
-    return {
-        s.name: scores[s.name] / c * math.exp(tilt * depth[s.name])
-        for s, c in zip(space.sets, space.group_parameters.tolist(), strict=True)
-    }
+
+    def favour(s: GroupSet) -> float:
+        depth = 0.0 if s.block is None else 2 * s.block / last - 1
+        return math.exp(tilt * depth + attention * (s.kind in (KV, VALUE)))
+
+    held = space.group_parameters.tolist()
+    return {s.name: scores[s.name] / each * favour(s) for s, each in zip(space.sets, held, strict=True)}
 
 
 def standardised(scores: Mapping[str, Tensor], space: Space, by_group: bool = True) -> dict[str, Tensor]:

@@ -68,7 +68,7 @@ def start(
     if standard:
         scored = standardised(scored, space, by_group=not by_feature)
     floor = config.init_floor * (1.0 - config.sparsity)
-    ranked = rank(scored, space, how, protect, config.init_tilt, floor)
+    ranked = rank(scored, space, how, protect, config.init_tilt, floor, config.init_attention)
     return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
 
 

@@ -295,6 +295,19 @@ def test_a_tilt_favours_late_blocks_by_the_factor_it_says() -> None:
     assert kept[0]["0.mlp"].sum() > kept[1]["0.mlp"].sum()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("width", "kv"), ("values", "value")])
+def test_attention_is_favoured_by_the_factor_it_says(name: str, kind: str) -> None:
+    _, space, modules = parts(name)
+    raw = scores.magnitude(space, modules)
+    by_hand = {key: value * (torch.e**0.7 if key.endswith(kind) else 1.0) for key, value in raw.items()}
+    favoured, wanted = rank(raw, space, "global", (0, 0), attention=0.7), rank(by_hand, space, "global", (0, 0))
+    assert all(torch.equal(favoured[key], wanted[key]) for key in raw)
+    less, more = (rank(raw, space, "global", (0, 0), attention=favour) for favour in (-1.5, 1.5))
+    less, more = (space.kept_share(project(ranked, space, 0.4)) for ranked in (less, more))
+    assert less[kind] < more[kind]
+    assert less["mlp"] > more["mlp"]
+
+
 def test_a_floor_leaves_every_set_its_best_groups_and_changes_no_order() -> None:
     _, space, modules = parts("width")
     raw = {name: value * 100.0 ** int(name[0]) for name, value in scores.magnitude(space, modules).items()}

@@ -57,3 +57,15 @@ def test_what_lora_has_learned_counts(init: str, space: str) -> None:
     found = decision(tuned)
     assert torch.equal(found, decision(merged))
     assert not torch.equal(found, decision(untuned))
+
+
+def test_attention_is_favoured_as_the_settings_say() -> None:
+    attachment = attach(tiny.model().eval(), build_space(discover(tiny.model()), "width", round_to=1))
+
+    def kept(favour: float) -> float:
+        settings = runs.config(init="magnitude", init_ranking="global", init_attention=favour)
+        drawn = start(settings, attachment, None, lambda _: torch.zeros(()), quiet=True)
+        assert drawn is not None
+        return attachment.space.kept_share(project(drawn, attachment.space, 0.4))["kv"]
+
+    assert kept(-2.0) < kept(2.0)
