@@ -20,7 +20,10 @@ TEXTS = Texts(*(families.tokens(rows, LENGTH, seed) for rows, seed in ((32, 5), 
 CASES = [
     *(("llama", "width", method) for method in METHODS),
     *((family, "width", method) for family in ("gemma3", "olmo2", "phi3", "gpt_neox") for method in ("lr", "br+gp")),
-    *((family, space, "br+gp") for family, space in (("llama", "disp"), ("gemma3", "disp"), ("gemma3", "depth"))),
+    *(
+        (family, space, "br+gp")
+        for family, space in (("llama", "disp"), ("gemma3", "disp"), ("gemma3", "depth"), ("gemma3", "values"))
+    ),
 ]
 
 
