@@ -56,7 +56,7 @@ class ATPConfig:
             `depth`: the result is then a plain Hugging Face folder. Not in `values` and `disp`; `hidden` is plain as it
             is.
         round_to: kept widths are multiples of this, KV groups apart; `None` takes 128 for widths from 8,192 on, 64 from
-            2,048 on, 16 from 512 on, else 1.
+            2,048 on, 16 from 512 on, 8 from 128 on, else 1.
 
     How decisions are learned:
         decision: `"generator"` learns them; `"criterion"` trains densely until `freeze_at` and then takes what `init`
@@ -216,9 +216,10 @@ class ATPConfig:
             ("temperature_end", positive(self.temperature_end), "a positive number"),
             ("generator_lr", positive(self.generator_lr), "a positive number"),
             ("init_scale", positive(self.init_scale), "a positive number"),
+            ("logit_bias", number(self.logit_bias), "a number"),
             *(
-                (name, number(getattr(self, name)), "a number")
-                for name in ("logit_bias", "init_tilt", "init_attention")
+                (name, number(getattr(self, name)) and abs(getattr(self, name)) <= 20, "a number in [-20, 20]")
+                for name in ("init_tilt", "init_attention")
             ),
             *(
                 (name, number(getattr(self, name)) and getattr(self, name) >= 0, "a number >= 0")

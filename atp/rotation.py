@@ -10,7 +10,7 @@ the last ones are those whose loss costs least, to second order (K-FAC as in `cr
 over tokens and query heads of a KV head, z what O_h reads, S that of d dᵀ, d the loss's gradient at what is written.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from atp.criteria.statistics import Batches, Curvature, curvatures
 from atp.criteria.surgeon import typical
 from atp.data import learned_tokens
-from atp.errors import UnsupportedModelError
+from atp.errors import CalibrationError, UnsupportedModelError
 from atp.passes import evaluating, removed_after
 from atp.structure.building import build_space
 from atp.structure.discovery import Attention, discover
@@ -35,7 +35,7 @@ ALLOWED = 5e-2
 
 
 @torch.no_grad()
-def rotate_values(model: PreTrainedModel, batches: Batches) -> float:
+def rotate_values(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> float:
     """Rotate the values of every attention in place, for `ATPConfig(space="values")` to prune. Before LoRA is put on.
 
     Gemma-3-270M, medical text, a third of all value dimensions pruned and `o_proj` refitted, nothing tuned: 0.047 nats
@@ -43,33 +43,48 @@ def rotate_values(model: PreTrainedModel, batches: Batches) -> float:
 
     Args:
         model: with weights in floating point.
-        batches: the model's keyword arguments, with `labels`; can be passed through more than once.
+        batches: the model's keyword arguments, with `labels`.
 
     Returns:
         By what share the logits of the first batch have moved, which is rounding.
 
     Raises:
+        CalibrationError: where there are no batches.
         UnsupportedModelError: where values are no outputs of a layer of their own, weights are quantised or adapted, or
-            the model does not compute what it did; it is left as it was then.
+            the model does not compute what it did. Whatever is raised, the model is left as it was.
     """
+    batches = list(batches)
+    if not batches:
+        raise CalibrationError("there are no batches to rotate values by: give at least one")
     attentions = [block.attention for block in discover(model).blocks]
     build_space(discover(model), "values")  # which says why, where values are no layer's own
     _require_plain(model, attentions)
-    first = _on(model.device, next(iter(batches)))
+    first = _on(model.device, batches[0])
     with evaluating(model):
         before = model(**first).logits.float()
+        if not before.isfinite().all():
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its logits are not finite in {model.dtype}: use another dtype"
+            )
         rotations = _rotations(model, attentions, batches)
-        held = {p: model.state_dict()[p].clone() for p in _tensors(model, attentions)}
-        for attention, rotation in zip(attentions, rotations, strict=True):
-            _turn(model, attention, rotation)
-        moved = ((model(**first).logits.float() - before).norm() / before.norm()).item()
+        held = {name: model.state_dict()[name].clone() for name in _tensors(model, attentions)}
+        try:
+            for attention, rotation in zip(attentions, rotations, strict=True):
+                _turn(model, attention, rotation)
+            moved = ((model(**first).logits.float() - before).norm() / before.norm()).item()
+            _require_still(model, moved)
+        except BaseException:
+            model.load_state_dict(held, strict=False)
+            raise
+    return moved
+
+
+def _require_still(model: PreTrainedModel, moved: float) -> None:
     if not moved <= ALLOWED:
-        model.load_state_dict(held, strict=False)
         raise UnsupportedModelError(
             f"{type(model).__name__}: rotating its values moves its logits by {moved:.2g} of their size, so attention "
             "is not linear in them: use another space than 'values'"
         )
-    return moved
 
 
 def _require_plain(model: PreTrainedModel, attentions: list[Attention]) -> None:

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from atp.errors import UnsupportedModelError
+from atp import rotation
+from atp.errors import CalibrationError, UnsupportedModelError
 from atp.rotation import rotate_values
 from tests import families
 from tests.export.cases import PACKED
@@ -60,6 +61,39 @@ def test_attention_that_is_not_linear_in_its_values_is_left_as_it_was():
     with pytest.raises(UnsupportedModelError, match="moves its logits by .* not linear in them"):
         rotate_values(model, BATCHES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_without_batches_it_says_so_and_any_iterable_of_them_will_do():
+    found = []
+    for batches in (BATCHES, iter(BATCHES)):
+        model = families.build("llama")
+        rotate_values(model, batches)
+        found.append(model.model.layers[1].self_attn.v_proj.weight)
+    assert torch.equal(*found)
+    with pytest.raises(CalibrationError, match="no batches to rotate values by"):
+        rotate_values(families.build("llama"), [])
+
+
+def test_what_ends_it_half_way_leaves_the_model_as_it_was(monkeypatch):
+    model = families.build("llama")
+    before, turn, turned = copy.deepcopy(model.state_dict()), rotation._turn, []
+
+    def once(*args):
+        if turned:
+            raise KeyboardInterrupt
+        turned.append(turn(*args))
+
+    monkeypatch.setattr(rotation, "_turn", once)
+    with pytest.raises(KeyboardInterrupt):
+        rotate_values(model, BATCHES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_logits_that_are_not_finite_are_called_so():
+    model = families.build("llama")
+    model.lm_head.weight.data.fill_(float("inf"))
+    with pytest.raises(UnsupportedModelError, match=r"logits are not finite in torch\.float32: use another dtype"):
+        rotate_values(model, BATCHES)
 
 
 def test_layers_under_lora_and_packed_ones_are_refused():

@@ -9,6 +9,7 @@ from atp.commands.models import to_best_device
 from atp.commands.output import print_table
 from atp.data import collator, make_windows, read_rows
 from atp.errors import CheckpointError, ConfigError
+from atp.export.card import write_rotated_card
 from atp.files import check_place, keep_apart, write_json, written_beside
 from atp.models import load_model, load_tokenizer
 from atp.recipe import DTYPES
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     with written_beside(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        write_rotated_card(beside, arguments.model, arguments.gguf_file, moved)
     results = {"out": str(out), "windows": len(chosen), "tokens": len(chosen) * arguments.max_length, "moved": moved}
     told = {"windows looked at": len(chosen), "logits have moved by": f"{moved:.1e} of their size"}
     print_table(str(out), ("", "value"), list(told.items()))

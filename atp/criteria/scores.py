@@ -32,7 +32,7 @@ from atp.criteria.surgeon import removal_costs, square_root
 from atp.processes import counted, dealt, summed
 from atp.structure.live import effective_weight
 from atp.structure.sharding import gathered
-from atp.structure.space import KV, SWITCHES, Axis, PrunableLinear, Space
+from atp.structure.space import KV, SWITCHES, VALUE, Axis, PrunableLinear, Space
 
 Modules = Mapping[str, nn.Module]
 """Live linear layers by path."""
@@ -60,7 +60,7 @@ def flap(
 ) -> dict[str, Tensor]:
     """Fluctuation of what each group contributes; `forward(batch)` runs the model once, `standard` as above."""
     moments = _moments(space, modules, forward, batches)
-    squared = (KV,) if standard else ()
+    squared = (KV, VALUE) if standard else ()
     return _by_group(space, lambda path: _weight(modules[path]).square() * moments[path].variance, standard, squared)
 
 

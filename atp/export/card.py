@@ -107,6 +107,22 @@ PEFT takes a relative one from the folder a process is started in: after moving 
     (folder / README).write_text(f"{_card(data, sections)}\n", encoding="utf-8")
 
 
+def write_rotated_card(folder: Path, base: str, gguf_file: str | None, moved: float) -> None:
+    """Write the README.md of a model with rotated values (`atp.rotation`), so that name and licence go along.
+
+    Args:
+        moved: by what share its logits have moved.
+    """
+    origin = origin_of(base, gguf_file)
+    title = f"{origin.name}, its values rotated"
+    intro = (
+        f"{origin.sentence} It computes what that model does: values of every head are rotated, and attention's output "
+        f"projection back, which has moved logits by {moved:.1e} of their size. To be pruned by atp in space `values`."
+    )
+    data = _metadata(origin, About(base), "transformers", ["atp"], title)
+    (folder / README).write_text(f"{_card(data, [f'# {title}', intro, _licence(origin)])}\n", encoding="utf-8")
+
+
 def _card(data: ModelCardData, sections: list[str]) -> ModelCard:
     text = "\n\n".join(section.strip() for section in sections if section.strip())
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=True)

@@ -32,7 +32,7 @@ from atp.export.remaining import Remaining, kept_counts
 from atp.structure.discovery import Block, is_ragged, plain_config
 from atp.structure.families import keep_blocks
 from atp.structure.live import base_layer
-from atp.structure.space import HIDDEN, KV, MLP, SWITCHES, WHOLE_BLOCK, Space
+from atp.structure.space import HIDDEN, KV, MLP, SWITCHES, VALUE, WHOLE_BLOCK, Space
 
 FORMAT = 1
 NOT_CARRIED = ("quantization_config", "auto_map", "architectures", "atp")
@@ -118,6 +118,9 @@ def _composed(earlier: dict[str, Any] | None, later: dict[str, Any], left: list[
     if earlier is None:
         return later
     full, kept = ({kind: [c[i] for i in left] for kind, c in earlier[name].items()} for name in ("full", "kept"))
+    if VALUE in later["full"] and KV in full:  # values were counted in the heads that were left
+        counts = zip(later["full"][VALUE], kept[KV], full[KV], strict=True)
+        full[VALUE] = [values // heads * of for values, heads, of in counts]
     paths = earlier["linears"] | later["linears"]
     linears = {path: earlier["linears"].get(path, {}) | later["linears"].get(path, {}) for path in paths}
     composed = {name: earlier[name] | later[name] for name in ("norms", "selections")}

@@ -120,7 +120,8 @@ def resize(model: PreTrainedModel, layout: Any) -> None:
         if kept.get("kv"):
             _set_heads(block.get_submodule(layout["attention"]), full["kv"], kept["kv"])
         if "value" in kept:
-            _select_values(block.get_submodule(layout["attention"]), layout, full["value"])
+            values = full["value"] // full.get("kv", 1) * kept.get("kv", 1)  # of the heads that are left
+            _select_values(block.get_submodule(layout["attention"]), layout, values)
         for path, (read, written) in layout["selections"].items():
             _select_residual(block.get_submodule(path), kept[read], kept[written], full[written])
         if layout["selections"] and _is_like_llamas(block):

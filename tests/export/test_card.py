@@ -12,6 +12,8 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from atp.export import About, Result, export, export_adapter, load, provenance
+from atp.export.card import write_rotated_card
+from atp.export.provenance import origin_of
 from atp.layers import attachment_of
 from tests import families, tiny
 from tests.export.cases import SPACES, exported, masked
@@ -204,3 +206,17 @@ def test_what_the_tokenizer_keeps_from_gguf_is_not_promised(tmp_path):
 @pytest.mark.parametrize("name", ["models/My Model", "a--b/c", "models/llama-"])
 def test_a_folder_that_is_not_there_any_more_need_not_be_a_name_of_the_hubs(name):
     assert provenance.origin_of(name).name == name.rsplit("/", 1)[-1]
+
+
+def test_a_rotated_model_hands_name_and_licence_on(tmp_path):
+    for name in ("base", "rotated"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: gemma\nbase_model: google/gemma-3-270m\n---\n\n# Gemma\n"
+    )
+    write_rotated_card(tmp_path / "rotated", str(tmp_path / "base"), None, 1.3e-6)
+    found, origin = origin_of(str(tmp_path / "rotated")), origin_of(str(tmp_path / "base"))
+    assert (found.hub_name, found.licence) == (origin.hub_name, origin.licence) != (None, {})
+    text = (tmp_path / "rotated" / "README.md").read_text()
+    assert "moved logits by 1.3e-06 of their size" in text
+    assert "gemma, as its card says of the model it was made from" in text

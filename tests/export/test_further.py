@@ -16,13 +16,14 @@ from atp.export import export
 from atp.export.layout import is_plain
 from atp.layers import attachment_of
 from tests import families, runs, tiny
-from tests.export.cases import exported, masked
+from tests.export.cases import PACKED, exported, masked
 
 FIRST = 0.27
 """With which random decisions in `width` leave every family ragged."""
 
 ROUNDS = [("uniform", "uniform"), ("width", "width"), ("width", "disp")]
 CASES = [(family, *names) for family in families.FAMILIES for names in ROUNDS]
+CASES += [(f, first, "values") for f in families.FAMILIES if f not in PACKED for first in ("uniform", "width")]
 CASES += [(family, "uniform", other) for family in ("llama", "olmo2", "gpt_neox") for other in ("width", "disp")]
 OTHERS = [("width", "all"), ("hidden", "all"), ("blocks", "hidden"), ("uniform", "depth"), ("width", "hidden")]
 CASES += [(family, *names) for family in ("llama", "gemma3", "olmo2", "phi3") for names in OTHERS]

@@ -83,7 +83,7 @@ def test_values_that_go_through_a_norm_lose_nothing():
 
 
 def test_rounding_defaults_depend_on_width_alone():
-    assert [default_round_to(n) for n in (511, 512, 1536, 2048, 8191, 8192, 28672)] == [1, 16, 16, 64, 64, 128, 128]
+    assert [default_round_to(n) for n in (127, 128, 511, 512, 2047, 2048, 8191, 8192)] == [1, 8, 8, 16, 16, 64, 64, 128]
 
 
 @pytest.mark.parametrize(
