@@ -146,8 +146,8 @@ class ATPConfig:
     generator_every: int = 1
     init: str = "surgeon"
     init_ranking: str | None = None
-    init_tilt: float = 0.3
-    init_attention: float = 0.0
+    init_tilt: float = 0.6
+    init_attention: float = 0.25
     init_floor: float = 0.6
     protect: tuple[int, int] | None = None
     start_at: float | None = None
