@@ -75,8 +75,8 @@ class ATPConfig:
             exp(init_tilt) times in the last, and as suits their place between; 0 takes them as they are.
         init_attention: likewise of kinds: scores of KV groups and of value dimensions count exp(init_attention) times
             (what removes MLP channels is made up for by refitted readers too, which scores know nothing of). 0.25, with
-            a tilt of 0.6, gained SmolLM2-135M 0.031 and 0.020 nats at 50 % of `width`, nothing at 40 %, and lost 0.010 at
-            20 %.
+            a tilt of 0.6, gained SmolLM2-135M 0.031 and 0.020 nats at 50 % of `width`, nothing at 40 %, and lost 0.010
+            at 20 %.
         init_floor: what `"global"` ranking leaves of every set of groups at least, in [0, 1], of the 1 - sparsity that
             stay on the whole: scores hold for small changes, and call blocks cheap that all but vanish. The
             generator may prune them later.
