@@ -1,8 +1,7 @@
 """Head-wise rotations of attention's values: the same model, its value dimensions in the order of what they are worth.
 
 What attention writes is a sum over heads of O_h A_h V x (A_h: attention weights). Q in V <- Qᵀ V, O_h <- O_h Q, one
-orthogonal Q for each KV head, changes nothing (R2 of SpinQuant, arXiv 2405.16406). As dimensions come, all are worth
-about as much; with
+orthogonal Q for each KV head, changes nothing (R2 of SpinQuant, arXiv 2405.16406). With
 
     Q R = G^(-1/2) U,    U: eigenvectors of sum over h of G^(1/2) O_hᵀ S O_h G^(1/2), largest first,
 
