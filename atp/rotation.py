@@ -55,8 +55,9 @@ def rotate_values(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
     batches = list(batches)
     if not batches:
         raise CalibrationError("there are no batches to rotate values by: give at least one")
-    attentions = [block.attention for block in discover(model).blocks]
-    build_space(discover(model), "values")  # which says why, where values are no layer's own
+    structure = discover(model)
+    attentions = [block.attention for block in structure.blocks]
+    build_space(structure, "values")  # which says why, where values are no layer's own
     _require_plain(model, attentions)
     first = _on(model.device, batches[0])
     with evaluating(model):
@@ -66,7 +67,8 @@ def rotate_values(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
                 f"{type(model).__name__}: its logits are not finite in {model.dtype}: use another dtype"
             )
         rotations = _rotations(model, attentions, batches)
-        held = {name: model.state_dict()[name].clone() for name in _tensors(model, attentions)}
+        state = model.state_dict()
+        held = {name: state[name].clone() for name in _turned(attentions) if name in state}
         try:
             for attention, rotation in zip(attentions, rotations, strict=True):
                 _turn(model, attention, rotation)
@@ -97,14 +99,14 @@ def _require_plain(model: PreTrainedModel, attentions: list[Attention]) -> None:
 
 
 def _value_reader(attention: Attention) -> str:
-    return next(reader.path for reader in attention.readers if reader.packs == ("v",))
+    assert attention.value_reader is not None
+    return attention.value_reader.path
 
 
-def _tensors(model: PreTrainedModel, attentions: list[Attention]) -> list[str]:
-    """Names of what a rotation changes."""
+def _turned(attentions: list[Attention]) -> list[str]:
+    """Names of what a rotation changes; a values' layer may have no bias."""
     names = [f"{_value_reader(a)}.{name}" for a in attentions for name in ("weight", "bias")]
-    names += [f"{a.writer.path}.weight" for a in attentions]
-    return [name for name in names if name in model.state_dict()]
+    return names + [f"{a.writer.path}.weight" for a in attentions]
 
 
 def _rotations(model: PreTrainedModel, attentions: list[Attention], batches: Batches) -> list[Tensor]:
@@ -125,23 +127,20 @@ def _rotations(model: PreTrainedModel, attentions: list[Attention], batches: Bat
 
 @torch.no_grad()
 def _rotation(attention: Attention, writer: Tensor, curvature: Curvature) -> Tensor:
-    size, heads = attention.head_dim, range(attention.num_heads)
-    columns = [slice(head * size, (head + 1) * size) for head in heads]
+    size, shared, gradients = attention.head_dim, attention.queries_per_group, curvature.gradients.double()
     found = []
     for group in range(attention.num_kv_heads):
-        own = columns[group * attention.queries_per_group : (group + 1) * attention.queries_per_group]
+        own = [slice(h * size, (h + 1) * size) for h in range(group * shared, (group + 1) * shared)]
         gram = torch.stack([curvature.inputs[c, c] for c in own]).mean(0).double()
         gram = gram + DAMPING * typical(gram) * torch.eye(size, dtype=gram.dtype, device=gram.device)
         values, vectors = torch.linalg.eigh(gram)
         root, inverse = ((vectors * values.pow(power)) @ vectors.T for power in (0.5, -0.5))
-        worth = sum(
-            root @ writer[:, c].double().T @ curvature.gradients.double() @ writer[:, c].double() @ root for c in own
-        )
+        written = [writer[:, c].double() @ root for c in own]
+        worth = sum(w.T @ gradients @ w for w in written)
         found.append(torch.linalg.qr(inverse @ torch.linalg.eigh(worth).eigenvectors.flip(1)).Q.float())
     return torch.stack(found)
 
 
-@torch.no_grad()
 def _turn(model: PreTrainedModel, attention: Attention, rotation: Tensor) -> None:
     """V <- Qᵀ V and O_h <- O_h Q, in place."""
     reader, writer = (model.get_submodule(path) for path in (_value_reader(attention), attention.writer.path))

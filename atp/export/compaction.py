@@ -189,8 +189,9 @@ def _value_selections(space: Space, indices: Callable[[Axis | None], Tensor | No
     tensors: dict[str, Tensor] = {}
     for block in space.structure.blocks if VALUE in space.kinds else ():
         attention = block.attention
-        rows = next(linears[r.path].rows for r in attention.readers if linears[r.path].rows is not None)
-        found = {"value_rows": indices(rows), "value_columns": indices(linears[attention.writer.path].cols)}
+        assert attention.value_reader is not None
+        rows, columns = linears[attention.value_reader.path].rows, linears[attention.writer.path].cols
+        found = {"value_rows": indices(rows), "value_columns": indices(columns)}
         tensors |= {f"{attention.path}.{name}": index for name, index in found.items() if index is not None}
     return tensors
 

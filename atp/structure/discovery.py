@@ -69,6 +69,11 @@ class Attention:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def value_reader(self) -> Linear | None:
+        """The layer whose outputs are the values, all of them and nothing else; None where they are packed."""
+        return next((reader for reader in self.readers if reader.packs == ("v",)), None)
+
 
 @dataclass(frozen=True)
 class MLP:
