@@ -7,6 +7,7 @@ Ctrl-C, with one line on standard error that says what is wrong and what to do.
 import argparse
 import errno
 import importlib
+import io
 import logging
 import os
 import sys
@@ -37,8 +38,10 @@ COMMANDS = {
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 and the signal's number."""
 
-_TORCH_CANNOT_WRITE = "unexpected pos"
+_TORCH_CANNOT_WRITE = ("unexpected pos", "iostream error")
 """What `torch.save` says, in no `OSError`, where the disk has taken less than it was given."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,7 +65,10 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = [_at_home(word) for word in (sys.argv[1:] if argv is None else argv)]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal's alphabet lacks
     arguments = argparse.Namespace()
     try:
         parser = build_parser(words)
@@ -83,16 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ATPError as error:
         return _refuse(error)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in _FULL:
+            return _refuse(_full_disk(error.filename or "output", arguments))
+        if error.filename is None:
             raise
-        return _refuse(_full_disk(error.filename or "output", arguments))
+        return _refuse(f"{error.filename}: {error.strerror}: check the path, and that it may be read and written")
     except RuntimeError as error:
-        if _TORCH_CANNOT_WRITE not in str(error):
+        if not any(words in str(error) for words in _TORCH_CANNOT_WRITE):
             raise
         return _refuse(_full_disk("a checkpoint", arguments))
     except KeyboardInterrupt:
         resumable = f": run the same again{_resuming(arguments)} to go on from what it has saved"
         return _refuse(f"interrupted{resumable if hasattr(arguments, 'resume') else ''}", INTERRUPTED)
+
+
+def _at_home(word: str) -> str:
+    """`~/x` and `--option=~/x` written out; a shell leaves the second as it is."""
+    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 
 def _full_disk(name: str, arguments: argparse.Namespace) -> str:

@@ -349,7 +349,7 @@ def space_parts(space: str) -> tuple[str, ...]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a `ConfigError` of one line."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -359,6 +359,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of settings, found {type(values).__name__}")
     return values
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """As `yaml.safe_load`, which of a key that is given twice drops the first, a whole section perhaps."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value!r} is there twice: remove one", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def check_keys(values: dict[str, Any], known: set[str], where: str) -> None:

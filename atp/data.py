@@ -196,13 +196,15 @@ class _Example:
 
 def _read_file(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8-sig") as lines:  # Windows writes a mark at the start
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield f"{path}, line {number}", _record(line, f"{path}, line {number}")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path (it is relative to where the command runs)") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: cannot be read: it is not UTF-8: save it as UTF-8, one JSON object a line") from None
+    except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 
 

@@ -1,16 +1,18 @@
 """Folders and files that are complete or absent: written beside their place, then renamed into it."""
 
+import errno
 import io
 import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from atp.errors import ATPError, CheckpointError, ConfigError, in_one_line
@@ -38,11 +40,44 @@ def check_place(folder: Path) -> None:
     """
     if os.path.islink(folder) and not os.path.exists(folder):
         raise ConfigError(f"{folder} is a link to {os.readlink(folder)}, which is not there: choose another place")
+    try:
+        folder.stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise ConfigError(f"{folder}: {error.strerror}: choose another place") from None
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
     if not there.is_dir():
         raise ConfigError(f"{folder}: {there} is a file, no folder: choose another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: nothing can be written to {there}: choose another place")
+
+
+@contextmanager
+def alone_in(folder: Path, command: str, option: str) -> Iterator[None]:
+    """No other `command` writes to `folder` meanwhile; one that was killed holds nothing.
+
+    The folder is made where it is not there, and goes again where nothing is written to it.
+
+    Args:
+        option: of the command, which names the folder.
+
+    Raises:
+        ConfigError: where another does, or the folder cannot be written.
+    """
+    check_place(folder)
+    made = _not_there(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"another {command} is running in {folder}: wait for it, or give another {option}") from None
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink()
+        lock.release()
+        _remove_empty(made)
 
 
 def remove(path: Path) -> None:
@@ -55,7 +90,8 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def written_beside(out: Path) -> Iterator[Path]:
-    """A fresh folder beside `out` that takes its place when the block ends well, and vanishes when it does not.
+    """A fresh folder beside `out` that takes its place when the block ends well, and vanishes when it does not, with
+    all folders that were made for it.
 
     Raises:
         CheckpointError: for any `OSError` inside the block or while renaming.
@@ -63,6 +99,7 @@ def written_beside(out: Path) -> Iterator[Path]:
     place = out.resolve()
     fresh = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     aside = place.with_name(f".{place.name}.{os.getpid()}.old")
+    made = _not_there(place.parent)
     try:
         fresh.mkdir(parents=True)
         yield fresh
@@ -76,6 +113,7 @@ def written_beside(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        _remove_empty(made)
 
 
 def begun_beside(out: Path) -> list[Path]:
@@ -147,6 +185,17 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     except OSError as error:
         Path(beside).unlink(missing_ok=True)
         raise ATPError(f"{target}: cannot be written: {error.strerror}: free space or choose another path") from None
+
+
+def _not_there(folder: Path) -> list[Path]:
+    """Of a folder and those that hold it, which have yet to be made; the innermost first."""
+    return [place for place in (folder, *folder.parents) if not place.exists()]
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):  # something is in it, or it was never made
+            folder.rmdir()
 
 
 def _write_to_stream(stream: TextIO, content: bytes) -> None:

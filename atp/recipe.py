@@ -11,6 +11,7 @@ output_dir: runs/mine
 """
 
 import dataclasses
+import os.path
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,7 @@ _TRAINING: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
     ),
     (("adam_beta1", "adam_beta2"), lambda value: 0 <= value < 1, "a number in [0, 1)"),
     (("num_train_epochs",), positive, "a number above 0"),
+    (("max_steps",), lambda value: value == -1 or value > 0, "an integer above 0, or -1 for num_train_epochs"),
 )
 """What the Trainer itself would find out too late, or not at all: settings, what they must fit, and that in words."""
 
@@ -72,6 +74,7 @@ class ModelSettings:
     load_in_8bit: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name_or_path", os.path.expanduser(self.name_or_path))
         if self.dtype not in DTYPES:
             raise ConfigError(f"model: dtype={self.dtype!r} is not allowed: it must be one of {', '.join(DTYPES)}")
         if self.load_in_4bit and self.load_in_8bit:
@@ -121,8 +124,9 @@ class DataSettings:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "calibration"):
             sources = getattr(self, name)
-            named = not isinstance(sources, list) or all(isinstance(source, str) for source in sources)
-            require(self, name, named, "a file or hub name, or a list of them")
+            named = all(isinstance(source, str) and source for source in sources) if isinstance(sources, list) else True
+            require(self, name, named and sources not in ("", []), "a file or hub name, or a list of them")
+            object.__setattr__(self, name, _at_home(sources))
         if self.max_length < 2:
             raise ConfigError(f"data: max_length={self.max_length} is not allowed: it must be an integer >= 2")
         if self.validation_windows is not None and self.validation_windows < 1:
@@ -133,6 +137,7 @@ class DataSettings:
             raise ConfigError(f"data: task_rows={self.task_rows} is not allowed: it must be an integer >= 1 or null")
         if not all(isinstance(word, str) for item in self.tasks.items() for word in item):
             raise ConfigError(f"data: tasks={self.tasks!r} is not allowed: it must map names to JSONL files")
+        object.__setattr__(self, "tasks", {name: os.path.expanduser(file) for name, file in self.tasks.items()})
         if self.prompt is not None and self.completion is None:
             raise ConfigError("data: `prompt` is a template but `completion` is missing: set both")
 
@@ -176,7 +181,7 @@ class Recipe:
         return cls(
             model=ModelSettings(**_checked(ModelSettings, _section(values, "model"), "model")),
             data=DataSettings(**_checked(DataSettings, _section(values, "data"), "data")),
-            output_dir=values["output_dir"],
+            output_dir=os.path.expanduser(values["output_dir"]),  # as TrainingArguments does
             atp=None if values.get("atp") is False else _atp_config(_section(values, "atp")),
             lora=LORA_DEFAULTS | _checked(LoraConfig, _section(values, "lora"), "lora"),
             training=TRAINING_DEFAULTS | _checked(TrainingArguments, _training(values), "training"),
@@ -193,6 +198,8 @@ class Recipe:
 
     def lora_config(self) -> LoraConfig:
         """The adapter's configuration; what PEFT refuses is a `ConfigError`."""
+        if self.lora.get("inference_mode"):
+            raise ConfigError("lora: inference_mode=True would leave nothing to train: leave it out")
         return _construct(LoraConfig, self.lora, "lora")
 
     def training_arguments(self) -> TrainingArguments:
@@ -201,6 +208,8 @@ class Recipe:
         `use_cpu` follows the machine unless it is set, so that one recipe with `bf16: true` runs on either.
         """
         defaults = {"output_dir": self.output_dir, "use_cpu": not torch.accelerator.is_available()}
+        if self.training.get("resume_from_checkpoint") is not None:
+            raise ConfigError("training: resume_from_checkpoint is not allowed: atp train --resume finds the last one")
         for names, fits, allowed in _TRAINING:
             for name in names:
                 if (value := self.training.get(name)) is not None and not fits(value):
@@ -244,7 +253,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
-    section = values.get(name) or {}
+    section = {} if values.get(name) is None else values[name]
     if not isinstance(section, dict):
         raise ConfigError(f"recipe: `{name}` must be a mapping of settings, found {section!r}")
     return section
@@ -313,6 +322,13 @@ def _allows_no(hint: Any) -> bool:
     """Whether a type hint names an enumeration with the word `no`, as `save_strategy`'s does."""
     parts = (part for part in typing.get_args(hint) if isinstance(part, type) and issubclass(part, Enum))
     return any(member.value == "no" for part in parts for member in part)
+
+
+def _at_home(sources: Any) -> Any:
+    """Paths that begin with `~`, written out; hub names and None as they are."""
+    if isinstance(sources, list):
+        return [os.path.expanduser(source) for source in sources]
+    return sources if sources is None else os.path.expanduser(sources)
 
 
 def _construct(cls: type, arguments: dict[str, Any], where: str) -> Any:

@@ -754,7 +754,7 @@ def test_full_disk_while_saving_leaves_no_half_state(tmp_path: Path, monkeypatch
     run = runs.trainer(tmp_path, runs.config(), save_strategy="steps", save_steps=2)
     with pytest.raises(CheckpointError, match="No space left on device"):
         run.train()
-    assert {p.name for p in (tmp_path / "checkpoint-4").iterdir() if "atp" in p.name} == set()
+    assert not (tmp_path / "checkpoint-4").exists()  # an empty one could not be resumed from
     assert (tmp_path / "checkpoint-2" / "atp" / "state.json").exists()
 
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
@@ -491,6 +492,8 @@ def test_a_full_disk_is_one_line(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("atp.commands.train.Recipe.from_yaml", full)
     line = refused(capsys, "train", written(recipe, tmp_path))
     assert line.endswith("the disk is full: free some space, then run again with --resume")
+    monkeypatch.setattr(errno, "ENOSPC", errno.EDQUOT)  # as `full` says it: a quota that is used up
+    assert line == refused(capsys, "train", written(recipe, tmp_path))
     monkeypatch.setattr("atp.commands.history._runs", full)
     line = refused(capsys, "history", str(tmp_path))
     assert line.endswith("the disk is full: free some space, then run the same again")
@@ -501,6 +504,64 @@ def test_a_disk_that_is_full_when_torch_saves_is_one_line(recipe, tmp_path, caps
     monkeypatch.setattr("atp.commands.train.Recipe.from_yaml", lambda *_: torch.save(torch.zeros(9999), "/dev/full"))
     line = refused(capsys, "train", written(recipe, tmp_path))
     assert line.endswith("a checkpoint: the disk is full: free some space, then run again with --resume")
+
+
+def test_a_path_that_the_system_refuses_is_one_line(recipe, tmp_path, capsys, monkeypatch):
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/x")
+
+    monkeypatch.setattr("atp.commands.train.Recipe.from_yaml", closed)
+    line = refused(capsys, "train", written(recipe, tmp_path))
+    assert line == "atp: /closed/x: Permission denied: check the path, and that it may be read and written"
+
+
+def test_two_runs_do_not_write_to_one_folder(recipe, tmp_path, capsys):
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    run.mkdir()
+    with FileLock(run / ".lock"):
+        for how in ([], ["--resume"], ["--overwrite"]):
+            assert f"another atp train is running in {run}" in refused(capsys, "train", path, *how)
+        assert [p.name for p in run.iterdir()] == [".lock"]
+    assert main(["train", path]) == 0
+
+
+def test_a_tilde_is_the_home_folder_in_recipes_and_after_an_equals_sign(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = recipe["data"]
+    data["train"] = data["train"].replace(str(tmp_path), "~")
+    data["validation"] = [data["validation"].replace(str(tmp_path), "~")]
+    recipe["output_dir"] = "~/mine"
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", written(recipe, tmp_path), "--json=~/results.json"]) == 0
+    assert (tmp_path / "mine" / "metrics.json").read_bytes() == (tmp_path / "results.json").read_bytes()
+    assert not (tmp_path / "~").exists()
+    assert main(["export", "~/mine", "~/exported"]) == 0
+    assert (tmp_path / "exported" / "config.json").is_file()
+    assert "nothing is left to go on with" in refused(capsys, "train", written(recipe, tmp_path), "--resume")
+
+
+def test_results_are_written_where_the_terminal_lacks_letters_of_a_path(recipe, tmp_path, monkeypatch):
+    recipe["output_dir"] = str(tmp_path / "r\u00e9\u6f22")
+    with io.TextIOWrapper(io.BytesIO(), encoding="latin-1") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert main(["train", written(recipe, tmp_path), "--json", str(tmp_path / "results.json")]) == 0
+        terminal.flush()
+        assert b"r\xe9\\u6f22" in terminal.buffer.getvalue()
+    assert (tmp_path / "results.json").is_file()
+
+
+def test_resuming_where_nothing_is_says_that_it_begins(recipe, tmp_path, caplog):
+    assert main(["train", written(recipe, tmp_path), "--resume"]) == 0
+    assert f"{tmp_path / 'run'} holds nothing to go on from" in caplog.text
+
+
+def test_a_run_that_was_stopped_before_its_page_says_how_to_make_it(recipe, tmp_path, capsys):
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    (run / "report.html").unlink()
+    assert refused(capsys, "train", path, "--resume").endswith(f"its page is missing: atp report {run} writes it")
+    assert main(["report", str(run)]) == 0
+    assert "its page is missing" not in refused(capsys, "train", path, "--resume")
 
 
 def test_a_run_that_ended_without_checkpoints_is_not_trained_again_by_resume(recipe, tmp_path, capsys):
@@ -588,6 +649,12 @@ def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(fills, r
         (["--training.warmup_steps", ".nan"], "warmup_steps=nan is not allowed"),
         (["--training.adam_beta1", "2"], "adam_beta1=2.0 is not allowed: it must be a number in [0, 1)"),
         (["--training.num_train_epochs", "-1"], "num_train_epochs=-1.0 is not allowed: it must be a number above 0"),
+        (["--training.max_steps", "0"], "max_steps=0 is not allowed: it must be an integer above 0, or -1"),
+        (["--training.resume_from_checkpoint", "x"], "resume_from_checkpoint is not allowed: atp train --resume"),
+        (["--lora.inference_mode", "true"], "inference_mode=True would leave nothing to train"),
+        (["--lora", "false"], "recipe: `lora` must be a mapping of settings, found False"),
+        (["--atp", "0"], "recipe: `atp` must be a mapping of settings, found 0"),
+        (["--data.train", "[]"], "train=[] is not allowed: it must be a file or hub name, or a list of them"),
         (["--training.metric_for_best_model", "f1"], "metric_for_best_model=f1 is not allowed"),
         (["--training.output_dir", "x"], "output_dir is set at the top"),
         (["--model.dtype", "int8"], "dtype='int8' is not allowed"),
@@ -717,6 +784,7 @@ def test_places_that_cannot_be_written_are_one_line_before_any_work(recipe, base
     (tmp_path / "link").symlink_to(file / "out")
     assert f"{file} is a file, no folder" in refused(capsys, "export", base, tmp_path / "link")
     assert "link is a link to" in refused(capsys, "train", path, "--output_dir", tmp_path / "link")
+    assert "File name too long: choose another place" in refused(capsys, "train", path, "--output_dir", "x" * 300)
     closed, stat = tmp_path / "closed", os.stat
     closed.mkdir()
 

@@ -85,6 +85,9 @@ def test_bad_yaml_says_the_line(tmp_path):
     path.write_text("sparsity: 0.4\nspace: [width\n")
     with pytest.raises(ConfigError, match=r"bad\.yaml, line 3: not valid YAML"):
         read_yaml(path)
+    path.write_text("sparsity: 0.4\nspace: width\nsparsity: 0.5\n")  # of which YAML itself takes the last
+    with pytest.raises(ConfigError, match=r"bad\.yaml, line 3: not valid YAML: 'sparsity' is there twice: remove one"):
+        read_yaml(path)
     path.write_text(yaml.safe_dump(["a", "list"]))
     with pytest.raises(ConfigError, match="must hold a mapping"):
         read_yaml(path)

@@ -254,6 +254,15 @@ def test_json_escapes_survive(tmp_path):
     assert read_rows(str(path)) == [Row("Naïve?\n", " “yes”")]
 
 
+def test_a_mark_at_the_start_is_no_text_and_other_encodings_are_said_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "caf\u00e9"}\n', encoding="utf-8-sig")  # as Windows writes it
+    assert read_rows(str(path)) == [Row("", "caf\u00e9")]
+    path.write_text('{"text": "caf\u00e9"}\n', encoding="latin-1")
+    with pytest.raises(DataError, match=r"rows\.jsonl: cannot be read: it is not UTF-8: save it as UTF-8"):
+        read_rows(str(path))
+
+
 def loaded(folder, validation, **changes):
     """The data of a run, with these rows to measure on."""
     path = folder / "validation.jsonl"

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.text import Text
 
@@ -24,7 +23,7 @@ from atp.commands.comparison.plan import Run, check_plan, differences, make_plan
 from atp.commands.comparison.results import report
 from atp.config import COMPENSATIONS, CRITERIA, RANKINGS
 from atp.errors import ConfigError
-from atp.files import check_place, keep_apart, write_json
+from atp.files import alone_in, keep_apart, write_json
 from atp.recipe import Recipe
 from atp.strategies import DENSE, FREEZE_AT, ONE_STAGE
 
@@ -87,12 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
             "again, or another --out"
         )
     check_plan(recipe, plan)
-    check_place(out / "runs")
     for one in plan:
         keep_apart(Path(one.recipe.output_dir), *recipe.model.places)
-    (out / "runs").mkdir(parents=True, exist_ok=True)
     try:
-        with _alone_in(out), _terminate_like_ctrl_c():
+        with alone_in(out / "runs", "atp compare", "--out"), _terminate_like_ctrl_c():
             if changed:
                 replace_journal(journal, rows.values())
             _say_what_has_no_scores(recipe, rows, journal)
@@ -193,16 +190,6 @@ def _outcome(row: Row) -> str:
     if row["status"] == "ok":
         return f"perplexity {row['validation']['perplexity']:.2f}, {row['seconds']:.0f} s"
     return f"FAILED with exit status {row['exit_status']} after {row['seconds']:.0f} s: {row['error']}"
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """No other comparison writes to the same folder meanwhile; a killed one holds nothing."""
-    try:
-        with FileLock(out / "runs" / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(f"another atp compare is running in {out}: wait for it, or give another --out") from None
 
 
 @contextmanager

@@ -8,12 +8,11 @@ from pathlib import Path
 from atp.commands.output import print_table
 from atp.errors import ConfigError
 from atp.files import write_json
-from atp.report.page import Report, write_comparison, write_record
+from atp.report.page import REPORT, Report, write_comparison, write_record
 from atp.report.page.parts import Value
 from atp.report.record import Record
 from atp.report.sources import read_sources
 
-_PAGE = "report.html"
 _WIDTH = 100
 _PRINTED = ("run", "parameters", "prompt, ms", "decode, ms per token", "perplexity")
 """Columns of a comparison that a terminal has room for; the page has all of them."""
@@ -30,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="FILE",
-        help=f"the page (default: {_PAGE} in the run's folder; of several runs, in the folder that holds them all)",
+        help=f"the page (default: {REPORT} in the run's folder; of several runs, in the folder that holds them all)",
     )
     parser.add_argument("--baseline", metavar="RUN", help="what the others are measured against (default: the first)")
     parser.add_argument("--json", metavar="FILE", help="write the headline table and the regressions here")
@@ -44,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     records, failed = read_sources([*paths, *_unless_named(baseline, paths)])
     out = Path(arguments.out) if arguments.out else _place(paths)
     if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder: give the name of a file in it, e.g. {out / _PAGE}")
+        raise ConfigError(f"--out {out} is a folder: give the name of a file in it, e.g. {out / REPORT}")
     if len(records) == 1 and not failed:
         if baseline is not None:
             raise ConfigError(f"--baseline {baseline}: {records[0].name} is the only run: give one to compare with it")
@@ -75,8 +74,8 @@ def _place(paths: Sequence[Path]) -> Path:
     """In the folder of a single source, else in the folder that holds all of them."""
     folders = [path if path.is_dir() else path.parent for path in paths]
     if len(folders) == 1:
-        return folders[0] / _PAGE
-    return Path(os.path.commonpath([folder.resolve().parent for folder in folders])) / _PAGE
+        return folders[0] / REPORT
+    return Path(os.path.commonpath([folder.resolve().parent for folder in folders])) / REPORT
 
 
 def print_report(report: Report) -> None:

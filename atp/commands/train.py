@@ -9,11 +9,11 @@ import json
 import logging
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks, unset_hf_deepspeed_config
@@ -28,11 +28,11 @@ from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
 from atp.data import collator
 from atp.errors import CheckpointError, ConfigError
-from atp.files import begun_beside, check_place, keep_apart, remove, write_json, write_text
+from atp.files import alone_in, begun_beside, keep_apart, remove, write_json, write_text
 from atp.journal import JOURNAL
 from atp.models import load_tokenizer
 from atp.recipe import Recipe, refused_by_library
-from atp.report import write_report
+from atp.report import REPORT, write_report
 from atp.report.values import changes, flat
 from atp.training.state import set_aside_unfinished
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _RUN_FILES = (
     *("checkpoint-*", "_unfinished-checkpoint-*", "final", "pruned", "recovered"),
     *(".final.*", ".pruned.*", ".recovered.*"),  # of what was interrupted
-    *("metrics.json", "recipe.yaml", "report.html", JOURNAL),
+    *("metrics.json", "recipe.yaml", REPORT, JOURNAL),
 )
 _MEASURED = {"validation", "validation_split", "validation_windows", "tasks", "task_rows"}
 """Of `data`, what is looked at and not learned."""
@@ -71,6 +71,13 @@ def run(arguments: argparse.Namespace) -> None:
     _require_trackers(training)
     _take_one_gpu(training)
     first = training.process_index == 0
+    with alone_in(Path(recipe.output_dir), "atp train", "--output_dir") if first else nullcontext():
+        _train(arguments, recipe, lora, training, first)
+
+
+def _train(
+    arguments: argparse.Namespace, recipe: Recipe, lora: LoraConfig, training: TrainingArguments, first: bool
+) -> None:
     with training.main_process_first(local=False, desc="checkpoints"):
         checkpoint = _checkpoint(
             Path(recipe.output_dir), arguments.resume, arguments.overwrite, first, training.save_on_each_node
@@ -125,16 +132,16 @@ def run(arguments: argparse.Namespace) -> None:
             **({"pruning": pruning.summary()} if isinstance(pruning, ATPCallback) else {}),
             **run_results(recipe, tuned, tokenizer, data, measured),
         }
-        _write(recipe, results)
-        if arguments.json:
-            write_json(arguments.json, results)
+        _write(recipe, results, arguments.json)
 
 
-def _write(recipe: Recipe, results: dict[str, Any]) -> None:
-    """The model card anew, `metrics.json`, and the page."""
+def _write(recipe: Recipe, results: dict[str, Any], also: str | None) -> None:
+    """The model card anew, `metrics.json`, the file that the user wants besides, and the page."""
     if recipe.atp and recipe.atp.export:
         rewrite_card(Path(recipe.output_dir) / "pruned", about_recipe(recipe, results))
     write_json(Path(recipe.output_dir) / "metrics.json", results)  # from now on it has ended
+    if also:
+        write_json(also, results)
     print_report(write_report(recipe.output_dir))
 
 
@@ -161,7 +168,6 @@ def _keep_what_is_read(recipe: Recipe) -> None:
 
 def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool, each_machine: bool) -> str | None:
     """The checkpoint to go on from; a folder that holds a run is refused unless the user says what to do with it."""
-    check_place(output_dir)
     if resume and first:
         set_aside_unfinished(output_dir, each_machine, plain=True)
     found = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
@@ -171,7 +177,7 @@ def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool, ea
     if finished and resume:
         raise ConfigError(
             f"output_dir {output_dir} holds a finished run and no checkpoint to go on from: give --overwrite to start "
-            "again, or another --output_dir"
+            f"again, or another --output_dir{_page_of(output_dir)}"
         )
     if (found or finished) and not overwrite:
         goes_on = "--resume to go on, " if found else ""
@@ -179,7 +185,15 @@ def _checkpoint(output_dir: Path, resume: bool, overwrite: bool, first: bool, ea
             f"output_dir {output_dir} already holds a run: give {goes_on}--overwrite to start again, or another "
             "--output_dir"
         )
+    if resume and first:
+        logger.warning("atp: %s holds nothing to go on from: this run begins with the first step", output_dir)
     return None
+
+
+def _page_of(output_dir: Path) -> str:
+    """How to make the page of a run that was stopped after its last result."""
+    missing = (output_dir / "metrics.json").exists() and not (output_dir / REPORT).exists()
+    return f"; its page is missing: atp report {output_dir} writes it" if missing else ""
 
 
 def _require_unfinished(recipe: Recipe, checkpoint: str | None) -> None:
@@ -191,7 +205,7 @@ def _require_unfinished(recipe: Recipe, checkpoint: str | None) -> None:
     if state["global_step"] >= max(state["max_steps"], asked) and (recipe.atp or asked > 0):
         raise ConfigError(
             f"output_dir {recipe.output_dir} holds a finished run: nothing is left to go on with; give --overwrite to "
-            "start again, or another --output_dir"
+            f"start again, or another --output_dir{_page_of(Path(recipe.output_dir))}"
         )
 
 

@@ -80,8 +80,9 @@ def parameter_sizes(model: nn.Module) -> dict[int, int]:
 
 
 def folder_bytes(path: str | Path) -> int:
-    """Bytes of all files in a folder and its sub-folders."""
-    return sum(file.stat().st_size for file in Path(path).rglob("*") if file.is_file())
+    """Bytes of all files in a folder, and of those below unless it is a model's, which reads none of them."""
+    files = "*" if (Path(path) / "config.json").is_file() else "**/*"
+    return sum(file.stat().st_size for file in Path(path).glob(files) if file.is_file())
 
 
 def _random_ids(model: PreTrainedModel, batch_size: int, tokens: int) -> torch.Tensor:

@@ -5,12 +5,13 @@ Nothing here knows a model, and only `record`, `sources` and `page` touch files.
 
 from atp.report.answers import answers
 from atp.report.markdown import markdown
-from atp.report.page import Report, write_comparison, write_report
+from atp.report.page import REPORT, Report, write_comparison, write_report
 from atp.report.plots import PlotsUnavailableError, size_plot, sparsity_plot
 from atp.report.summary import Cell, Spread, by_sparsity, summarise
 from atp.report.tables import printed_table, spread
 
 __all__ = [
+    "REPORT",
     "Cell",
     "PlotsUnavailableError",
     "Report",

@@ -49,3 +49,10 @@ def test_folder_bytes_reach_into_sub_folders(tmp_path):
     (tmp_path / "a").write_bytes(b"123")
     (tmp_path / "inner" / "b").write_bytes(b"4567")
     assert folder_bytes(tmp_path) == 7
+
+
+def test_the_bytes_of_a_model_are_of_its_own_files(tmp_path):
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "consolidated.pth").write_bytes(b"of another format")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    assert folder_bytes(tmp_path) == 2
