@@ -296,13 +296,18 @@ def _checked(cls: type, values: dict[str, Any], where: str, missing_allowed: boo
 
 
 def _typed(value: Any, hint: Any, where: str) -> Any:
-    """Check scalars against a type hint; `5e-4`, a string to YAML, is a number where one is wanted, and `no` a word."""
+    """Check scalars against a type hint; `5e-4`, a string to YAML, is a number where one is wanted, and `no` a word.
+
+    A whole number stays one where any is wanted.
+    """
     if value is False and _allows_no(hint):
         return "no"
     wanted = _scalar_types(hint)
     if wanted is None or type(value) in wanted:
         return value
-    if float in wanted and isinstance(value, int | str) and not isinstance(value, bool):
+    if float in wanted and type(value) is int:
+        return value
+    if float in wanted and isinstance(value, str):
         try:
             return float(value)
         except ValueError:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate import DistributedType
 from filelock import FileLock
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from atp.cli import build_parser, main
+from atp.commands.train import _say_that_nothing_is_sharded
 from atp.errors import ATPError
 from atp.evaluation import perplexity
 from atp.files import write_json, written_beside
@@ -407,6 +409,22 @@ def test_what_is_measured_may_change_while_a_run_goes_on_and_what_was_begun_is_r
     assert not (run / ".pruned.99.tmp").exists()
 
 
+def test_a_run_goes_on_at_the_intervals_that_it_is_given_now(recipe, tmp_path):
+    recipe["training"] |= {"max_steps": 6, "save_steps": 2, "save_total_limit": None, "logging_steps": 1}
+    path, run = written(recipe, tmp_path), tmp_path / "run"
+    assert main(["train", path]) == 0
+    for folder in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(run / folder)
+    (run / "metrics.json").unlink()
+    shutil.rmtree(run / "pruned")
+    assert main(["train", path, "--resume", "--training.save_steps", "3", "--training.logging_steps", "2"]) == 0
+    assert {p.name for p in run.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3", "checkpoint-6"}
+    logged = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line.get("log", {})] == [1, 2, 4, 6]
+    assert Recipe.from_yaml(run / "recipe.yaml").training["logging_steps"] == 2
+    assert "logging_steps: 2\n" in (run / "recipe.yaml").read_text()
+
+
 def test_overwrite_removes_what_the_last_run_left(recipe, tmp_path):
     run = tmp_path / "run"
     for name in ("checkpoint-99", "recovered", ".recovered.unfinished"):
@@ -591,6 +609,16 @@ def test_of_several_gpus_one_process_takes_one(recipe, tmp_path, caplog, monkeyp
     assert "one of 2 GPUs: start it with accelerate launch" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("asked", "kind", "said"), [("true", "MULTI_CPU", 1), ("true", "MULTI_GPU", 0), ("false", "MULTI_CPU", 0)]
+)
+def test_fsdp_that_accelerate_leaves_out_is_told(caplog, monkeypatch, asked, kind, said):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", asked)
+    state = SimpleNamespace(distributed_type=DistributedType(kind))
+    _say_that_nothing_is_sharded(SimpleNamespace(distributed_state=state))
+    assert len(caplog.messages) == said
+
+
 def test_a_run_in_parts_that_exports_nothing_is_measured_by_what_it_has_saved(recipe, tmp_path, monkeypatch):
     """Of the processes that hold parts only the first measures."""
     recipe["atp"]["export"] = False
@@ -647,8 +675,8 @@ def test_a_run_that_has_no_room_to_be_measured_is_complete_all_the_same(fills, r
         (["--training.dataloader_num_workers", "-1"], "dataloader_num_workers=-1 is not allowed"),
         (["--training.seed", "-1"], "seed=-1 is not allowed: it must be an integer in [0, 2^32)"),
         (["--training.warmup_steps", ".nan"], "warmup_steps=nan is not allowed"),
-        (["--training.adam_beta1", "2"], "adam_beta1=2.0 is not allowed: it must be a number in [0, 1)"),
-        (["--training.num_train_epochs", "-1"], "num_train_epochs=-1.0 is not allowed: it must be a number above 0"),
+        (["--training.adam_beta1", "2"], "adam_beta1=2 is not allowed: it must be a number in [0, 1)"),
+        (["--training.num_train_epochs", "-1"], "num_train_epochs=-1 is not allowed: it must be a number above 0"),
         (["--training.max_steps", "0"], "max_steps=0 is not allowed: it must be an integer above 0, or -1"),
         (["--training.resume_from_checkpoint", "x"], "resume_from_checkpoint is not allowed: atp train --resume"),
         (["--lora.inference_mode", "true"], "inference_mode=True would leave nothing to train"),

@@ -1,4 +1,4 @@
-"""What `atp train` measures besides the model that comes out: the memory that training took."""
+"""What `atp train` has a run do besides: measure the memory that training takes, and keep its own intervals."""
 
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,19 @@ class PeakMemoryCallback(TrainerCallback):
     ) -> None:
         """Take the peak."""
         self.peak_mib = peak_memory_mib() if self._measurable else None
+
+
+class OwnIntervalsCallback(TrainerCallback):
+    """Logs, evaluates and saves as often as the recipe says, where a run goes on that did so at other intervals.
+
+    The Trainer takes them from the checkpoint.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Those of the arguments."""
+        state.compute_steps(args, state.max_steps)
 
 
 class JournalCallback(FinishedRun):

