@@ -15,6 +15,19 @@ Precision = Callable[[], AbstractContextManager]
 """The autocast that a pass ran in."""
 
 
+_SCALE = 1024.0
+"""A power of two: whatever is not rounded to nothing is the same number with it."""
+
+
+def slopes(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients by float32 leaves of a mean over many tokens, most of which float16 would round to nothing.
+
+    Of SmolLM2-135M's masks, 1,024 tokens in float16: 0.9 of the gradient of channels is wrong as it is, 0.005 so.
+    """
+    found = torch.autograd.grad(loss * _SCALE, leaves, materialize_grads=True)
+    return tuple(gradient / _SCALE for gradient in found)
+
+
 class EnoughError(Exception):
     """Ends a forward pass that has been seen as far as it is needed."""
 

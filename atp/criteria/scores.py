@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from atp.criteria.ranking import z_scores
 from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
+from atp.passes import slopes
 from atp.criteria.surgeon import removal_costs, square_root
 from atp.processes import counted, dealt, summed
 from atp.structure.live import effective_weight
@@ -122,7 +123,7 @@ def taylor(
     absolute, total, squares = ([torch.zeros(len(leaf)) for leaf in leaves] for _ in range(3))
     count = 0
     for one in dealt(batches):
-        gradients = torch.autograd.grad(loss(one.batch), leaves)
+        gradients = slopes(loss(one.batch), leaves)
         count += one.counts
         for i, gradient in enumerate(gradient.cpu() for gradient in gradients if one.counts):
             absolute[i] += gradient.abs()

@@ -28,6 +28,9 @@ from atp.structure.live import base_layer, causal_lm
 from atp.structure.sharding import shape_of
 from atp.structure.stream import Stream, find_stream
 
+_EACH = ".*."
+"""In a plan's patterns, which of the blocks: any."""
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -200,7 +203,7 @@ def _plan(lm: PreTrainedModel, stack: Any) -> dict[str, str]:
     """Layer pattern -> style, from the config, else from our table."""
     config: PretrainedConfig = stack.config
     plan = getattr(config, "base_model_tp_plan", None) or PLANS.get(_family(config))
-    if plan:
+    if plan and any(_EACH in pattern for pattern in plan):
         return plan
     for name, module in stack.named_modules():
         if type(module).__name__ == "Conv1D":
@@ -209,13 +212,13 @@ def _plan(lm: PreTrainedModel, stack: Any) -> dict[str, str]:
                 f"{config.model_type!r} is not supported; convert it to nn.Linear projections first"
             )
     raise UnsupportedModelError(
-        f"model type {config.model_type!r} has no base_model_tp_plan in its config and no entry in "
+        f"model type {config.model_type!r} has no base_model_tp_plan of its blocks in its config and no entry in "
         "atp/structure/families.py: add one there to support it"
     )
 
 
 def _container(plan: dict[str, str]) -> str:
-    return next(pattern.split(".*.")[0] for pattern in plan if ".*." in pattern)
+    return next(pattern.split(_EACH)[0] for pattern in plan if _EACH in pattern)
 
 
 def _block(lm: PreTrainedModel, index: int, path: str, plan: dict[str, str], container: str, hidden_size: int) -> Block:

@@ -50,6 +50,15 @@ def effective_weight(module: nn.Module) -> Tensor:
     return dequantised_weight(base_layer(module)).float() + adapter_delta(module)
 
 
+def effective_bias(module: Any) -> Tensor | None:
+    """What a layer adds, `lora_bias` of active adapters included: `(out_features,)`, float32, or None."""
+    biases = [base_layer(module).bias]
+    biases += [module.lora_B[name].bias for name in active_adapters(module)]
+    scales = [1.0, *(module.scaling[name] for name in active_adapters(module))]
+    parts = [scale * bias.detach().float() for scale, bias in zip(scales, biases, strict=True) if bias is not None]
+    return sum(parts[1:], parts[0]) if parts else None
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Whether a linear layer's weight is stored packed or as integers."""
     if not isinstance(module, nn.Linear):

@@ -133,8 +133,10 @@ class Distillation:
             return
         with torch.no_grad(), self._as_teacher(backbone):
             hidden = backbone(*args, **(kwargs | {"use_cache": False})).last_hidden_state
-        learned = _learned_positions(hidden, self._learned["labels"], self._learned["attention_mask"])
-        items = self._learned["num_items_in_batch"]
+        labels = self._learned["labels"]
+        learned = _learned_positions(hidden, labels, self._learned["attention_mask"])
+        # of labels, which the Trainer keeps to itself where it smooths them or has a loss of its own
+        items = None if labels is None else self._learned["num_items_in_batch"]
         count = learned.sum().clamp_min(1) * self._micro_batches if items is None else items / self._ranks or 1
         self._lesson = _Lesson(hidden, learned, self._weight * self._loss_scale / float(count))
 

@@ -20,7 +20,7 @@ from atp.generator.network import DecisionGenerator, FreeLogits
 from atp.generator.sampling import add_noise, soften, straight_through, threshold
 from atp.layers import Attachment
 from atp.ops.implementation import uses_triton
-from atp.passes import without_dropout
+from atp.passes import slopes, without_dropout
 from atp.processes import averaged, from_first
 from atp.structure.budget import budget_note, project
 from atp.structure.space import Space
@@ -141,7 +141,7 @@ class DecisionLearner:
         leaves = list(self.attachment.masks.values())
         with without_dropout(self.attachment.lm):
             value = loss()
-            gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+            gradients = slopes(value, leaves)
         self.attachment.require_gradients(False)
         self.metrics["generator_loss"] = averaged({"loss": value.detach()[None]})["loss"].item()
         self._update(dict(zip(self.attachment.masks, gradients, strict=True)))

@@ -30,7 +30,7 @@ from atp.layers import Attachment, base_changed
 from atp.passes import inputs_of, removed_after
 from atp.processes import counted, summed
 from atp.structure.discovery import MLP
-from atp.structure.live import adapter_delta, base_layer
+from atp.structure.live import adapter_delta, base_layer, effective_bias
 from atp.structure.space import Axis
 
 PRIOR = 0.3
@@ -216,9 +216,9 @@ def _step(readers: Sequence[Reader], change: Iterable[Tensor], was: float, error
 
 def _missing(kept: KeptMLP, columns: Tensor, hidden: Tensor, batch: _Batch) -> Tensor:
     """m, `(tokens, out_features)`, with `columns` for the writer's."""
-    bias = base_layer(kept.writer).bias
+    bias = effective_bias(kept.writer)
     with _in_float32(hidden):
-        off = batch.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias.float())
+        off = batch.target.float() - hidden.float() @ columns.T - (0.0 if bias is None else bias)
     return (off * kept.outputs * batch.weight).flatten(0, -2)
 
 
@@ -228,7 +228,7 @@ def _size(missing: Iterable[Tensor]) -> float:
 
 def _writer_change(writer: nn.Module, kept: Tensor, inputs: Iterable[Tensor], wanted: Wanted) -> Tensor:
     """What least squares add to kept columns, `(out_features, kept)`."""
-    ridge = Ridge(_effective(writer)[:, kept], base_layer(writer).bias)
+    ridge = Ridge(_effective(writer)[:, kept], effective_bias(writer))
     for x, (target, weight) in zip(inputs, wanted, strict=True):
         ridge.add(_of_kept(x, kept), target, weight)
     ridge.share()

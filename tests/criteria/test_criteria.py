@@ -81,6 +81,18 @@ def test_taylor_is_the_slope_of_the_loss() -> None:
         assert got[name][group].item() == pytest.approx(slope, rel=2e-2)
 
 
+def test_taylor_survives_a_gradient_that_float16_rounds_to_nothing() -> None:
+    model, space, _ = parts("width")
+    attachment = attach(model, space)
+
+    def loss(_: object) -> torch.Tensor:
+        return sum((m * torch.full((4096, 1), 2e-4)).half().float().mean() * 1e-3 for m in attachment.masks.values())
+
+    got = scores.taylor(space, attachment.masks, loss, [IDS])
+    for s in space.sets:
+        torch.testing.assert_close(got[s.name], torch.full((s.size,), 2e-7 / s.size), rtol=5e-2, atol=0.0)
+
+
 @pytest.mark.parametrize("name", ["width", "values", "disp"])
 def test_surgeon_costs_are_those_of_removal_with_refitting(name: str) -> None:
     """Oracle: least squares in float64 for every candidate, weighted by the loss's slope at the outputs."""

@@ -139,6 +139,9 @@ def test_families_without_a_plan_are_refused():
     )
     with pytest.raises(UnsupportedModelError, match="opt.*base_model_tp_plan"):
         discover(model)
+    model.config.base_model_tp_plan = {"decoder.project_in": "colwise"}  # none of the blocks', as LFM2's
+    with pytest.raises(UnsupportedModelError, match="opt.*base_model_tp_plan of its blocks"):
+        discover(model)
 
 
 @pytest.mark.parametrize(

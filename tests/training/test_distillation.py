@@ -168,6 +168,15 @@ def test_micro_batches_and_token_counts_scale_like_the_task_loss() -> None:
     assert runs.worst({k: g / 8 for k, g in gradients(model).items()}, whole) < 1e-5
 
 
+def test_a_count_of_labels_that_were_not_seen_is_not_taken_for_one_of_all_tokens() -> None:
+    model, made = student()  # as the Trainer calls it where it smooths labels
+    model(input_ids=IDS).logits.sum().mul(0.0).backward()
+    wanted = gradients(model)
+    model(input_ids=IDS, num_items_in_batch=4).logits.sum().mul(0.0).backward()
+    assert runs.worst(gradients(model), wanted) < 1e-6
+    assert max(g.abs().max() for g in wanted.values()) > 0
+
+
 def test_a_step_gives_modules_their_own_modes_back() -> None:
     model, made = student()
     causal_lm(model).model.layers[1].eval()

@@ -62,6 +62,23 @@ def test_the_pruned_stream_follows_the_dense_one_better_than_by_refitting_alone(
     assert errors["follow"] < 0.97 * errors["weights"]
 
 
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True")
+def test_a_bias_of_the_adapter_counts_as_one_of_the_layer() -> None:
+    """Whether it is merged before the refit or not."""
+    streams = []
+    for merged in (False, True):
+        targets = ["q_proj", "o_proj", "up_proj", "down_proj"]
+        model = families.with_lora(families.build("llama_biases"), lora_bias=True, target_modules=targets)
+        model = model.merge_and_unload() if merged else model
+        attachment = attach(model, build_space(discover(model), "width"))
+        decision = random_masks(attachment.space, 0.3)
+        compensation = Compensation("follow", attachment, lambda ids, lm=model: lm(input_ids=ids), IDS)
+        compensation.apply(decision, attachment.space.full())
+        attachment.set_masks(decision)
+        streams.append(last_stream(model))
+    assert families.relative_error(*streams) < 1e-4
+
+
 @pytest.mark.parametrize(("family", "space"), SPACES_EVERYWHERE)
 def test_computing_only_what_is_kept_gives_the_same_weights(family: str, space: str) -> None:
     found, truth = (dict(compensated("follow", family, space, compact=c)[3].state()) for c in (True, False))
