@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from atp.criteria.ranking import z_scores
 from atp.criteria.statistics import Batches, Moments, curvatures, fits, input_moments
-from atp.passes import slopes
 from atp.criteria.surgeon import removal_costs, square_root
+from atp.passes import slopes
 from atp.processes import counted, dealt, summed
 from atp.structure.live import effective_weight
 from atp.structure.sharding import gathered

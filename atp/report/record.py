@@ -16,7 +16,8 @@ from atp.strategies import DENSE, FREEZE_AT
 
 METRICS, RECIPE = "metrics.json", "recipe.yaml"
 RECOVERY = Path("recovered", "recovery.json")
-_MEANS_NOTHING = ("output_dir", "training.seed", "atp.seed")
+_SEEDS = ("training.seed", "atp.seed")
+_MEANS_NOTHING = ("output_dir", *_SEEDS)
 """Settings by which two runs of the same experiment may differ."""
 
 
@@ -85,6 +86,12 @@ class Record:
     def settings(self) -> dict[str, Any]:
         """The recipe, flat, without seeds and the place of the output."""
         return {key: value for key, value in flat(self.recipe).items() if key not in _MEANS_NOTHING}
+
+    @property
+    def seeds(self) -> tuple[Any, ...]:
+        """The recipe's, of training and of decisions."""
+        recipe = flat(self.recipe)
+        return tuple(recipe.get(name) for name in _SEEDS)
 
 
 def read_run(folder: Path) -> Record:

@@ -169,7 +169,7 @@ def test_micro_batches_and_token_counts_scale_like_the_task_loss() -> None:
 
 
 def test_a_count_of_labels_that_were_not_seen_is_not_taken_for_one_of_all_tokens() -> None:
-    model, made = student()  # as the Trainer calls it where it smooths labels
+    model, _ = student()  # as the Trainer calls it where it smooths labels
     model(input_ids=IDS).logits.sum().mul(0.0).backward()
     wanted = gradients(model)
     model(input_ids=IDS, num_items_in_batch=4).logits.sum().mul(0.0).backward()

@@ -88,7 +88,7 @@ def test_alternating_survives_a_gradient_that_float16_rounds_to_nothing(monkeypa
     monkeypatch.setattr(made, "_update", lambda gradients: found.update(gradients))
     tokens = torch.full((4096, 1), 2e-4)
     made.alternate(0, lambda: sum((m * tokens).half().float().mean() * 1e-3 for m in made.attachment.masks.values()))
-    for name, gradient in found.items():
+    for gradient in found.values():
         torch.testing.assert_close(gradient, torch.full_like(gradient, 2e-7 / len(gradient)), rtol=5e-2, atol=0.0)
 
 

@@ -62,7 +62,8 @@ class Variant:
 
 
 def group(records: Sequence[Record]) -> list[Variant]:
-    """Runs of the same settings, seeds aside, together; a run without a recipe stands alone.
+    """Runs of the same settings, seeds aside, together; a run without a recipe stands alone, and so do runs whose
+    seeds are the same too: what sets them apart (a machine, a launcher) is not in their recipes.
 
     The rows of one comparison are of one recipe, so that strategy, sparsity and a learning rate other than the
     recipe's tell them apart.
@@ -71,11 +72,18 @@ def group(records: Sequence[Record]) -> list[Variant]:
     for index, record in enumerate(records):
         settings = record.comparison or (repr(sorted(record.settings.items())) if record.recipe else index)
         grouped.setdefault((record.strategy, record.sparsity, _own_rate(record), settings), []).append(record)
-    names = [_name(members) for members in grouped.values()]
+    together = [part for members in grouped.values() for part in _by_seeds(members)]
+    names = [_name(members) for members in together]
     return [
         Variant(name if names.count(name) == 1 else members[0].name, tuple(members))
-        for name, members in zip(names, grouped.values(), strict=True)
+        for name, members in zip(names, together, strict=True)
     ]
+
+
+def _by_seeds(records: list[Record]) -> list[list[Record]]:
+    """All of them, where each has seeds of its own; else one by one. A comparison has no run twice."""
+    seeds = {record.seeds for record in records}
+    return [records] if len(seeds) == len(records) or records[0].comparison else [[record] for record in records]
 
 
 def _name(records: Sequence[Record]) -> str:
