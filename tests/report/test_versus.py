@@ -131,6 +131,11 @@ def test_seeds_are_one_experiment_and_other_settings_are_not(tmp_path):
     assert [[value.text for value in row] for row in settings.tables[0].rows] == [["atp.freeze_at", "0.6", "0.3"]]
 
 
+def test_two_runs_of_one_recipe_and_one_seed_stand_apart(tmp_path):
+    records = runs(tmp_path, folders.metrics(), folders.metrics(), settings=dict.fromkeys((0, 1), folders.recipe()))
+    assert [(variant.name, len(variant.records)) for variant in group(records)] == [("a", 1), ("b", 1)]
+
+
 def test_learning_rates_of_a_comparison_are_not_seeds(tmp_path):
     slower = row("atp", 0.4, 0, 2.6) | {"name": "atp-0.4-lr0.001-seed0", "learning_rate": 1e-3}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in [*ROWS, slower]))
