@@ -5,8 +5,14 @@ The command line turns any of these into exit status 2 and that one line.
 
 
 def in_one_line(error: BaseException, at_most: int = 200) -> str:
-    """What an error of a library says, on one line of so many characters; its type where it says nothing."""
-    return " ".join(str(error).split())[:at_most] or type(error).__name__
+    """What an error of a library says, on one line of so many characters; its type where it says nothing.
+
+    What is longer ends with a whole word, so that nobody takes half a path for one.
+    """
+    text = " ".join(str(error).split())
+    if len(text) > at_most:
+        text = (text[: at_most - 4].rpartition(" ")[0] or text[: at_most - 4]) + " ..."
+    return text or type(error).__name__
 
 
 class ATPError(ValueError):

@@ -5,12 +5,14 @@ Everything is written beside the destination and renamed into place at the end. 
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging as hf_logging
 
 from atp.errors import ATPError, UnsupportedModelError, in_one_line
 from atp.export.card import About, write_card
@@ -132,7 +134,8 @@ def write_model(
     shell.tie_weights()
     shell.generation_config = _generation_config(lm)
     if folder is not None:
-        shell.save_pretrained(folder, state_dict={})  # configs, and the modelling file where there is one
+        with _no_bar():
+            shell.save_pretrained(folder, state_dict={})  # configs, and the modelling file where there is one
     own = {name for name, _ in (*shell.named_parameters(), *shell.named_buffers())}  # tied weights once
 
     def make(name: str) -> Tensor:
@@ -143,6 +146,18 @@ def write_model(
     write_weights(folder, {name: tensor for name, tensor in plan.items() if name in own}, make)
     if processing_class is not None and folder is not None:
         processing_class.save_pretrained(folder)
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Transformers' would say that it wrote 0 of 0 shards."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

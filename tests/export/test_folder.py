@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
 
 from atp.errors import ATPError, CheckpointError, UnsupportedModelError
 from atp.export import export, load
@@ -170,6 +171,17 @@ def test_values_too_large_for_the_dtype_are_named_and_nothing_is_left(model, tmp
         export(model, tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
     assert export(model, tmp_path / "out", dtype=torch.bfloat16).is_dir()
+
+
+def test_no_bar_counts_shards_of_nothing(model, tmp_path, capfd):
+    shown = hf_logging.is_progress_bar_enabled()
+    for on in (False, True):
+        (hf_logging.enable_progress_bar if on else hf_logging.disable_progress_bar)()
+        export(model, tmp_path / str(on))
+        assert hf_logging.is_progress_bar_enabled() == on
+    if not shown:
+        hf_logging.disable_progress_bar()
+    assert "Writing model shards" not in capfd.readouterr().err
 
 
 def test_a_model_without_masks_is_refused(tmp_path):
