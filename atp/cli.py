@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _at_home(word: str) -> str:
     """`~/x` and `--option=~/x` written out; a shell leaves the second as it is."""
-    option, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return option + equals + (os.path.expanduser(value) if value.startswith("~/") else value)
 
 

@@ -56,7 +56,8 @@ def check_place(folder: Path) -> None:
 def alone_in(folder: Path, command: str, option: str) -> Iterator[None]:
     """No other `command` writes to `folder` meanwhile; one that was killed holds nothing.
 
-    The folder is made where it is not there, and goes again where nothing is written to it.
+    The folder is made where it is not there, and goes again where nothing is written to it. Where the file system has
+    no locks, nobody is kept out.
 
     Args:
         option: of the command, which names the folder.
@@ -72,10 +73,12 @@ def alone_in(folder: Path, command: str, option: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ConfigError(f"another {command} is running in {folder}: wait for it, or give another {option}") from None
+    except (NotImplementedError, OSError):  # no locks here
+        pass
     try:
         yield
     finally:
-        (folder / ".lock").unlink()
+        (folder / ".lock").unlink(missing_ok=True)
         lock.release()
         _remove_empty(made)
 

@@ -543,6 +543,15 @@ def test_two_runs_do_not_write_to_one_folder(recipe, tmp_path, capsys):
     assert main(["train", path]) == 0
 
 
+def test_a_file_system_without_locks_keeps_nobody_out(recipe, tmp_path, monkeypatch):
+    def none(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    assert main(["train", written(recipe, tmp_path)]) == 0
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 def test_a_tilde_is_the_home_folder_in_recipes_and_after_an_equals_sign(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     data = recipe["data"]
@@ -550,8 +559,8 @@ def test_a_tilde_is_the_home_folder_in_recipes_and_after_an_equals_sign(recipe, 
     data["validation"] = [data["validation"].replace(str(tmp_path), "~")]
     recipe["output_dir"] = "~/mine"
     monkeypatch.chdir(tmp_path)
-    assert main(["train", written(recipe, tmp_path), "--json=~/results.json"]) == 0
-    assert (tmp_path / "mine" / "metrics.json").read_bytes() == (tmp_path / "results.json").read_bytes()
+    assert main(["train", written(recipe, tmp_path), "--json=~/re=sults.json"]) == 0
+    assert (tmp_path / "mine" / "metrics.json").read_bytes() == (tmp_path / "re=sults.json").read_bytes()
     assert not (tmp_path / "~").exists()
     assert main(["export", "~/mine", "~/exported"]) == 0
     assert (tmp_path / "exported" / "config.json").is_file()
