@@ -78,7 +78,8 @@ def alone_in(folder: Path, command: str, option: str) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / ".lock").unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or somebody else's
+            (folder / ".lock").unlink()
         lock.release()
         _remove_empty(made)
 

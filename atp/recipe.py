@@ -124,8 +124,9 @@ class DataSettings:
     def __post_init__(self) -> None:
         for name in ("train", "validation", "calibration"):
             sources = getattr(self, name)
-            named = all(isinstance(source, str) and source for source in sources) if isinstance(sources, list) else True
-            require(self, name, named and sources not in ("", []), "a file or hub name, or a list of them")
+            each = sources if isinstance(sources, list) else [sources]
+            named = bool(each) and all(isinstance(source, str) and source for source in each)
+            require(self, name, named or sources is None, "a file or hub name, or a list of them")
             object.__setattr__(self, name, _at_home(sources))
         if self.max_length < 2:
             raise ConfigError(f"data: max_length={self.max_length} is not allowed: it must be an integer >= 2")
@@ -303,9 +304,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if value is False and _allows_no(hint):
         return "no"
     wanted = _scalar_types(hint)
-    if wanted is None or type(value) in wanted:
-        return value
-    if float in wanted and type(value) is int:
+    if wanted is None or type(value) in wanted or (float in wanted and type(value) is int):
         return value
     if float in wanted and isinstance(value, str):
         try:

@@ -52,10 +52,9 @@ def effective_weight(module: nn.Module) -> Tensor:
 
 def effective_bias(module: Any) -> Tensor | None:
     """What a layer adds, `lora_bias` of active adapters included: `(out_features,)`, float32, or None."""
-    biases = [base_layer(module).bias]
-    biases += [module.lora_B[name].bias for name in active_adapters(module)]
-    scales = [1.0, *(module.scaling[name] for name in active_adapters(module))]
-    parts = [scale * bias.detach().float() for scale, bias in zip(scales, biases, strict=True) if bias is not None]
+    scaled = [(1.0, base_layer(module).bias)]
+    scaled += [(module.scaling[name], module.lora_B[name].bias) for name in active_adapters(module)]
+    parts = [scale * bias.detach().float() for scale, bias in scaled if bias is not None]
     return sum(parts[1:], parts[0]) if parts else None
 
 
