@@ -118,7 +118,7 @@ class ATPCallback(TrainerCallback):
         return self._running().learner
 
     def summary(self) -> dict[str, Any]:
-        """What the decision stands at: sparsity asked and achieved, parameters, kept share per group kind."""
+        """What the decision stands at: sparsity asked and achieved, parameters, kept share per group kind, its lean."""
         learner = self.learner
         space, decision = learner.space, learner.decision(final=True)
         kept = int(space.kept_parameters(space.kept_counts(decision)).item())
@@ -130,6 +130,7 @@ class ATPCallback(TrainerCallback):
             "frozen_at_step": learner.frozen_at,
             "kept_share": space.kept_share(decision),
             "overlap_with_start": learner.overlap(),
+            "lean": self._running().lean,
         }
 
     # -- Trainer events, in the order in which they fire ------------------------------------------------------------

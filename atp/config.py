@@ -37,6 +37,9 @@ _LEARNING = (
 )
 """Settings that only a decision that is learned looks at."""
 
+GLOBAL_RANKING = ("init_tilt", "init_attention", "init_floor", "init_trials")
+"""Settings that only `"global"` ranking looks at."""
+
 _REFITTING = ("auto", "follow", "weights")
 
 
@@ -80,6 +83,10 @@ class ATPConfig:
         init_floor: what `"global"` ranking leaves of every set of groups at least, in [0, 1], of the 1 - sparsity that
             stay on the whole: scores hold for small changes, and call blocks cheap that all but vanish. The
             generator may prune them later.
+        init_trials: how many other starts `"global"` ranking tries, where weights are refitted (`compensate`) and
+            training rows can be taken by number: tilt, attention and floor each a step more or less than the three
+            above, judged by loss on 64 training rows after a short refit to the calibration rows. The best so far is
+            gone on from, until none of its neighbours is better. 0 takes the three as they are.
         protect: how many first and last blocks the starting decision leaves whole; `None` means none for criteria
             whose scores compare over blocks (`surgeon`), else the first tenth and the last thirtieth. The generator
             may prune them later.
@@ -151,6 +158,7 @@ class ATPConfig:
     init_tilt: float = 0.3
     init_attention: float = 0.0
     init_floor: float = 0.6
+    init_trials: int = 0
     protect: tuple[int, int] | None = None
     start_at: float | None = None
     freeze_at: float = 0.3
@@ -242,7 +250,7 @@ class ATPConfig:
             ),
             *(
                 (name, type(getattr(self, name)) is int and getattr(self, name) >= 0, "an integer >= 0")
-                for name in ("seed", "refit_first_tokens")
+                for name in ("seed", "init_trials", "refit_first_tokens")
             ),
             *(
                 (name, isinstance(getattr(self, name), bool), "true or false")
@@ -322,7 +330,7 @@ class ATPConfig:
         unused: tuple[str, ...] = _LEARNING if self.decision == "criterion" else ("shots",)
         unused += () if self.compensate in _REFITTING else ("refit_rows", "refit_first_tokens")
         unused += () if self.compensate in ("follow", "auto") else ("reader_rounds",)
-        unused += ("init_tilt", "init_attention", "init_floor") if self.init_ranking in ("block", "standard") else ()
+        unused += GLOBAL_RANKING if self.init_ranking in ("block", "standard") else ()
         return {name: value for name, value in self.to_dict().items() if name not in unused}
 
     def to_yaml(self, path: str | Path) -> None:

@@ -18,7 +18,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from atp.config import COMPENSATIONS, CRITERIA, RANKINGS, ATPConfig
+from atp.config import COMPENSATIONS, CRITERIA, GLOBAL_RANKING, RANKINGS, ATPConfig
 from atp.errors import ConfigError
 
 DENSE = "dense"
@@ -27,7 +27,7 @@ ONE_STAGE = ("atp", "logits", "paper")
 FREEZE_AT = {"prune-then-tune": 0.0, "tune-prune-recover": 0.5, "tune-then-prune": 1.0}
 """The two-stage timings: the share of training after which the formula decides."""
 
-_AS_THEY_ARE = {"init_tilt": 0.0, "init_attention": 0.0, "init_floor": 0.0}
+_AS_THEY_ARE = {"init_tilt": 0.0, "init_attention": 0.0, "init_floor": 0.0, "init_trials": 0}
 _UNIFORM = {"init_ranking": "block", "compensate": "none", **_AS_THEY_ARE}
 
 CRITERION_SETTINGS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ _SHARED = (
 )
 """What every strategy takes from the recipe: the task, not the way to solve it."""
 
-_OURS = ("init_ranking", "init_tilt", "init_attention", "init_floor", "protect")
+_OURS = ("init_ranking", *GLOBAL_RANKING, "protect")
 """What a criterion without authors takes from a recipe that starts from it, where it is chosen for the model."""
 
 

@@ -24,6 +24,7 @@ def config(**changes: Any) -> ATPConfig:
         "start_at": 0.0,
         "freeze_at": 0.6,
         "noise": 0.2,
+        "init_trials": 2,
     }
     return ATPConfig(**(settings | changes))
 

@@ -30,6 +30,7 @@ from atp.generator.sampling import EULER_GAMMA
         ("reader_rounds", 0, "positive integer"),
         ("refit_first_tokens", -1, "integer >= 0"),
         ("init_floor", 1.5, "[0, 1]"),
+        ("init_trials", -1, "integer >= 0"),
         ("init_tilt", -21.0, "[-20, 20]"),
         ("init_attention", 1000.0, "[-20, 20]"),
         ("temperature", 0.0, "positive number"),

@@ -5,6 +5,7 @@ up; its neighbour does instead, so the number of steps stays what it was.
 """
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -73,13 +74,14 @@ class Calibration:
 
     def and_also(self, dataset: Any, indices: Iterable[int], rows: int) -> "Calibration":
         """These rows and others of `dataset`, in the order of `indices`, up to `rows` in all."""
-        found, seen = [self._rows[i] for i in range(len(self._rows))], self.hashes()
-        for row in (dataset[i] for i in indices):
-            if len(found) >= rows:
-                break
-            if row_hash(row) not in seen:
-                found.append(row)
-        return Calibration(found, self._collate, self._batch_size)
+        own = [self._rows[i] for i in range(len(self._rows))]
+        return Calibration([*own, *self.others(dataset, indices, rows - len(own))], self._collate, self._batch_size)
+
+    def others(self, dataset: Any, indices: Iterable[int], count: int) -> list[Any]:
+        """Rows of `dataset` that are none of these, in the order of `indices`, `count` where there are as many."""
+        own = self.hashes()
+        others = (row for row in map(dataset.__getitem__, indices) if row_hash(row) not in own)
+        return list(itertools.islice(others, max(count, 0)))
 
     def first_tokens(self, count: int) -> list[dict[str, Tensor]]:
         """Batches of one-token inputs, `(tokens of a batch, 1)`, from the first rows, `count` in all where they reach.

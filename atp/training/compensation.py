@@ -100,20 +100,53 @@ class Compensation:
         """
         if self.how == "none":
             return
-        settle(self._attachment.lm)
-        with evaluating(self._attachment.lm), self._attachment.plainly():
-            self._apply(decision, before, final)
-
-    def _apply(self, decision: Mapping[str, Tensor], before: Mapping[str, Tensor], final: bool) -> None:
         if final and self.final_batches is not self._batches:
             self.forget()  # it was measured on fewer
         batches = self.final_batches if final else self._batches
-        follows = self.how == "follow" and final
-        if follows:
+        with self._measuring():
+            self._apply(decision, before, batches, self._reader_rounds if final else None, self._quiet)
+
+    @contextmanager
+    def on_trial(self, decision: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it the model is what `apply` would make of it under a final `decision`, but for MLPs' readers.
+
+        They stay as they are, and `batches` is what it is measured on. Nothing may be pruned before; afterwards
+        everything is as it was.
+        """
+        grams, full = dict(self.grams), self._attachment.space.full()
+        try:
+            with self._measuring():
+                self._apply(decision, full, self._batches, reader_rounds=0, quiet=True)
+            self._attachment.set_masks(decision)
+            if self._compact:
+                self._attachment.compact()
+            yield
+        finally:
+            self._attachment.set_masks(full)
+            self.undo()
+            self.grams.update(grams)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        settle(self._attachment.lm)
+        with evaluating(self._attachment.lm), self._attachment.plainly():
+            yield
+
+    def _apply(
+        self,
+        decision: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
+        batches: Batches,
+        reader_rounds: int | None,
+        quiet: bool,
+    ) -> None:
+        """As `apply`; `reader_rounds`: None where more will go, so that no stream is followed."""
+        rounds = reader_rounds if self.how == "follow" else None
+        if rounds is not None:
             before = self._attachment.space.full()
         had = {path: _kept_inputs(linear, before) for path, linear in self._linears.items()}
         keep = {path: _kept_inputs(linear, decision) for path, linear in self._linears.items()}
-        writers = self._writers if follows else ()
+        writers = () if rounds is None else self._writers
         alone = [p for p in self._linears if p not in writers and not torch.equal(had[p], keep[p])]
         losing = {path: self._attachment.modules[path] for path in alone}
         if all(inputs.all() for inputs in had.values()):
@@ -128,7 +161,7 @@ class Compensation:
                 found = {path: self._shifted(path, m.mean, had[path] & ~keep[path]) for path, m in moments.items()}
         for path, tensor in found.items():  # not before all have been measured
             self._put(path, tensor)
-        if follows:
+        if rounds is not None:
             self._claim((*writers, *self._mlp_readers))
             with self._masks(decision):
                 kept = {path: keep.get(path) for path in writers}
@@ -139,8 +172,8 @@ class Compensation:
                     self._forward,
                     batches,
                     compact=self._compact,
-                    reader_rounds=self._reader_rounds,
-                    quiet=self._quiet,
+                    reader_rounds=rounds,
+                    quiet=quiet,
                 )
 
     @property

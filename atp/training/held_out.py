@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 
 from atp.data import causal, learned_tokens
 from atp.layers import Attachment
@@ -63,19 +63,22 @@ class HeldOut:
         with self._attachment.lifted(), self._compensation.undone():
             return self.pruned()
 
-    @torch.no_grad()
     def pruned(self) -> float:
         """Log-perplexity under the masks as they are, nats a token."""
-        total, tokens = 0.0, 0
+        total, tokens = self.by_batch().sum(dim=0).tolist()
+        return total / tokens if tokens else float("nan")
+
+    @torch.no_grad()
+    def by_batch(self) -> Tensor:
+        """Under the masks as they are: `(batches, 2)`, nats of a batch's tokens, and how many these are."""
+        found = torch.zeros(-(-len(self._rows) // self._batch_size), 2, dtype=torch.float64)
         with self._untouched():
             for one in dealt(self._batches()):
                 loss = self._model(**one.batch).loss
                 learned = learned_tokens(one.batch)
                 if learned and one.counts:
-                    total += loss.double().item() * learned
-                    tokens += learned
-        total, tokens = summed(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
-        return total / tokens if tokens else float("nan")
+                    found[one.index] = torch.tensor([loss.double().item() * learned, learned], dtype=torch.float64)
+        return summed(found)
 
     def _batches(self) -> Iterator[dict[str, Any]]:
         device = next(self._model.parameters()).device

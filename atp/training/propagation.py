@@ -123,7 +123,7 @@ def follow(
         original: within it, a block is the dense model's: masks off, weights as they were.
         forward: runs the model on one batch.
         compact: compute only what is kept, where layers are plain; they do so until masks are set.
-        reader_rounds: of readers (`refit_readers`).
+        reader_rounds: of readers (`refit_readers`); 0: they are left as they are.
         quiet: no progress bars.
     """
     lm, blocks = attachment.lm, attachment.space.structure.blocks
@@ -190,7 +190,8 @@ def _follow_block(
     by_attention.clear()
     if block.mlp.path not in off:
         seeds = [s.index for s in streams]
-        refit_readers(attachment, block.mlp, real(read), lambda: wanted(mlp, by_mlp), seeds, reader_rounds)
+        if reader_rounds:
+            refit_readers(attachment, block.mlp, real(read), lambda: wanted(mlp, by_mlp), seeds, reader_rounds)
         read = [inputs_of(mlp.writer, mlp.module, x) for x in read]
         refit_writer(mlp.writer, writers[block.mlp.writer.path], real(read), wanted(mlp, by_mlp))
     for stream, x in zip(streams, read, strict=True):

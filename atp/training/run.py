@@ -17,13 +17,15 @@ from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.processes import counted, place
 from atp.randomness import drawn_aside
+from atp.training import trials
 from atp.training.compensation import Compensation
 from atp.training.distillation import Distillation
 from atp.training.held_out import HeldOut
 from atp.training.learner import DecisionLearner
 from atp.training.schedule import Schedule
-from atp.training.start import calibrate, for_refit, start
+from atp.training.start import calibrate, for_refit, for_trials, start
 from atp.training.state import under
+from atp.training.trials import Trials
 
 TEACHER = "teacher."
 """Prefix of the teacher's adapters in a checkpoint."""
@@ -81,14 +83,18 @@ class PruningRun:
             rows = for_refit(self.calibration, config.refit_rows, loader, config.seed)
             compensation.final_batches = [*rows, *rows.first_tokens(config.refit_first_tokens)]
         grams = compensation.grams if compensation.refits else None
-        draw = partial(start, config, attachment, self.calibration, self._loss, quiet, grams)
+        self._judges: list[Any] = []
+        if compensation.refits and self.calibration is not None and config.init_trials:
+            self._judges = for_trials(self.calibration, trials.ROWS, loader, config.seed)
+        self._trials = Trials(self._on_trial, config.init_trials if self._judges else 0, quiet)
+        draw = partial(start, config, attachment, self.calibration, self._loss, quiet, grams, self._trials)
         self.learner = DecisionLearner(config, attachment, schedule, draw, compensation)
         self._distillation = (
             Distillation(model, attachment, compensation, config.distill, micro_batches, ranks) if distils else None
         )
 
-    def held_out(self, rows: Sequence[Any]) -> HeldOut:
-        """What watches the dense and the pruned model on these rows."""
+    def held_out(self, rows: Sequence[Any], batch_size: int | None = None) -> HeldOut:
+        """What watches the dense and the pruned model on these rows; `batch_size`: as in training where it is None."""
         paused = self._distillation.paused if self._distillation is not None else nullcontext
         return HeldOut(
             self._model,
@@ -96,7 +102,7 @@ class PruningRun:
             self._compensation,
             rows,
             self._collate,
-            self._batch_size,
+            batch_size or self._batch_size,
             paused,
         )
 
@@ -115,8 +121,14 @@ class PruningRun:
 
     def end_step(self) -> None:
         """Note what the step's passes have shown."""
+        self.learner.metrics |= self._trials.metrics()
         if self._distillation is not None:
             self.learner.metrics |= self._distillation.metrics()
+
+    @property
+    def lean(self) -> dict[str, float] | None:
+        """What trials have made of `init_tilt`, `init_attention` and `init_floor`; None where there were none."""
+        return self._trials.state()
 
     def end(self) -> None:
         """Leave nothing on the model but the attachment."""
@@ -131,13 +143,21 @@ class PruningRun:
         """Everything a bit-exact resume needs."""
         tensors, values = self.learner.state()
         teacher = self._distillation.state() if self._distillation is not None else {}
-        return tensors | {f"{TEACHER}{k}": v for k, v in teacher.items()}, values
+        tensors |= {f"{TEACHER}{k}": v for k, v in teacher.items()}
+        return tensors, values | {"trials": self._trials.state()}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Continue from what `state` gave."""
         self.learner.load_state(tensors, values)
+        self._trials.load_state(values.get("trials"))  # checkpoints of before trials have none
         if self._distillation is not None:
             self._distillation.load_state(under(tensors, TEACHER))
+
+    def _on_trial(self, decision: Mapping[str, Tensor]) -> Tensor:
+        """What a decision would cost were it final (`Trials`)."""
+        rows = self._judges
+        with self._compensation.on_trial(decision):
+            return self.held_out(rows, min(self._batch_size, -(-len(rows) // trials.BATCHES))).by_batch()
 
     def _generator_loss(self, turn: int) -> Tensor:
         """The loss on this process's batch of generator step number `turn`, by its labels' share of all processes'.

@@ -15,6 +15,7 @@ from atp.data import learned_tokens
 from atp.layers import Attachment
 from atp.structure.budget import project
 from atp.training.calibration import Calibration, hold_out, indexable, with_columns_of
+from atp.training.trials import Lean, Trials
 
 _MEASURED = ("activation", "flap", "surgeon", "taylor", "taylor2")
 """Criteria that look at calibration rows."""
@@ -36,11 +37,22 @@ def calibrate(config: ATPConfig, given: Any, loader: DataLoader, batch_size: int
 
 def for_refit(calibration: Calibration, rows: int, loader: DataLoader, seed: int) -> Calibration:
     """`calibration` and, up to `rows` in all, rows of the training set, where it can be indexed."""
-    dataset: Any = loader.dataset
-    if not indexable(dataset):
+    if not indexable(loader.dataset):
         return calibration
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + 1))
-    return calibration.and_also(dataset, order.tolist(), rows)
+    return calibration.and_also(loader.dataset, _shuffled(loader, seed), rows)
+
+
+def for_trials(calibration: Calibration, rows: int, loader: DataLoader, seed: int) -> list[Any]:
+    """Up to `rows` rows of the training set that are not calibration rows; none where it cannot be indexed.
+
+    Layers are refitted to calibration rows, and fit those better than others.
+    """
+    return calibration.others(loader.dataset, _shuffled(loader, seed), rows) if indexable(loader.dataset) else []
+
+
+def _shuffled(loader: DataLoader, seed: int) -> list[int]:
+    dataset: Any = loader.dataset
+    return torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed + 1)).tolist()
 
 
 def start(
@@ -50,6 +62,7 @@ def start(
     loss: Callable[[Mapping[str, Any]], Tensor],
     quiet: bool,
     grams: dict[str, Tensor] | None = None,
+    trials: Trials | None = None,
 ) -> dict[str, Tensor] | None:
     """Starting logits per group set, `(size,)`, or None for all ones.
 
@@ -57,6 +70,7 @@ def start(
         loss: the model's loss on one batch, under the masks as they are.
         quiet: no progress bar.
         grams: takes the Gram matrices of inputs that a criterion has measured, by path.
+        trials: of other shares of the budget; None: none are made.
     """
     if config.init == "ones":
         return None
@@ -67,9 +81,19 @@ def start(
     scored = _scores(config, attachment, calibration, loss, quiet, grams, standard and by_feature)
     if standard:
         scored = standardised(scored, space, by_group=not by_feature)
-    floor = config.init_floor * (1.0 - config.sparsity)
-    ranked = rank(scored, space, how, protect, config.init_tilt, floor, config.init_attention)
-    return starting_logits(ranked, project(ranked, space, config.sparsity), config.init_scale)
+
+    def ranked(lean: Lean) -> dict[str, Tensor]:
+        floor = lean.floor * (1.0 - config.sparsity)
+        return rank(scored, space, how, protect, lean.tilt, floor, lean.attention)
+
+    def decision(lean: Lean) -> dict[str, Tensor]:
+        return project(ranked(lean), space, config.sparsity)
+
+    lean = Lean(config.init_tilt, config.init_attention, config.init_floor)
+    if how == "global" and trials is not None:
+        pruned = space.sparsity(attachment.decision()) > 0
+        lean = trials.chosen or (lean if pruned else trials.best(lean, decision))
+    return starting_logits(ranked(lean), decision(lean), config.init_scale)
 
 
 def _scores(

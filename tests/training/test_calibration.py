@@ -9,8 +9,13 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from atp.errors import CalibrationError
 from atp.training.calibration import Calibration, hold_out, row_hash, shared_row
-from atp.training.start import for_refit
+from atp.training.start import for_refit, for_trials
 from tests import runs
+
+
+class _Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter(range(3))
 
 
 def test_holding_out_keeps_the_length_and_every_other_row() -> None:
@@ -42,12 +47,8 @@ def test_at_most_a_tenth_is_held_out() -> None:
 
 
 def test_streams_and_tiny_sets_are_refused() -> None:
-    class Stream(IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(range(3))
-
     with pytest.raises(CalibrationError, match="streaming"):
-        hold_out(DataLoader(Stream()), 4, 4, 0)
+        hold_out(DataLoader(_Stream()), 4, 4, 0)
     with pytest.raises(CalibrationError, match="too few"):
         hold_out(DataLoader(range(10)), 4, 4, 0)
     with pytest.raises(CalibrationError, match="calibration_rows=2 is less than calibration_batch_size=4"):
@@ -77,6 +78,17 @@ def test_the_final_refit_sees_training_rows_too_and_no_row_twice() -> None:
     assert for_refit(calibration, 20, loader, seed=0).hashes() == more.hashes(), "the same for the same seed"
     assert for_refit(calibration, 100, loader, seed=0).hashes() == {row_hash(row) for row in rows}
     assert for_refit(calibration, 4, loader, seed=0).hashes() == calibration.hashes()
+
+
+def test_trials_are_judged_by_training_rows_that_are_no_calibration_rows() -> None:
+    rows = runs.dataset(40)
+    loader = DataLoader(rows, batch_size=4, collate_fn=lambda batch: {"labels": torch.tensor([len(batch)])} | batch[0])
+    calibration = Calibration([rows[i] for i in range(8)], loader.collate_fn, 4)
+    judges = {row_hash(row) for row in for_trials(calibration, 20, loader, seed=0)}
+    assert len(judges) == 20
+    assert judges < {row_hash(row) for row in rows} - calibration.hashes()
+    assert len(for_trials(calibration, 100, loader, seed=0)) == 32
+    assert for_trials(calibration, 20, DataLoader(_Stream(), collate_fn=list), seed=0) == []
 
 
 def test_first_tokens_are_those_of_the_rows_one_by_one_without_padding() -> None:
@@ -117,11 +129,7 @@ def test_all_rows_are_looked_at_also_those_that_fill_no_batch() -> None:
 
 
 def test_rows_that_make_no_batch_are_refused_in_one_line() -> None:
-    class Stream(IterableDataset):
-        def __iter__(self) -> Any:
-            return iter(range(3))
-
     with pytest.raises(CalibrationError, match="calibration_dataset streams"):
-        Calibration(Stream(), list, 1)
+        Calibration(_Stream(), list, 1)
     with pytest.raises(CalibrationError, match="cannot be made into a batch .*prepare them as the training set"):
         Calibration([{"text": "fever"}], lambda rows: {"labels": [row["input_ids"] for row in rows]}, 1)
