@@ -397,6 +397,8 @@ def test_a_row_that_was_not_scored_counts_and_one_scored_otherwise_does_not(comm
         ("prune-then-tune:flap", "noise", True),
         ("prune-then-tune:flap", "generator_lr", True),
         ("prune-then-tune:flap", "calibration_rows", False),
+        ("prune-then-tune:flap/global", "init_trials", True),
+        ("prune-then-tune:flap/global", "init_tilt", False),
         ("atp", "noise", False),
         ("atp", "shots", True),
     ],
