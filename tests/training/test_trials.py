@@ -19,7 +19,7 @@ FIRST = Lean(tilt=0.3, attention=0.0, floor=0.6)
 
 
 class Costs:
-    """A decision for each lean, its three numbers in binary, and what each costs."""
+    """A decision for each lean, the number of the lean in binary, and what each costs."""
 
     def __init__(self, cost) -> None:
         self._cost, self._leans, self.asked = cost, {}, []
